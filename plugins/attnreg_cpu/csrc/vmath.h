@@ -1,0 +1,45 @@
+// exp and tanh on whole vectors.
+#pragma once
+#include <limits>
+
+#include "vec.h"
+
+namespace attnreg {
+
+constexpr float INFINITY_F = std::numeric_limits<float>::infinity();
+
+// exp(x) within 2 ulp for -87.6 < x < 88.3 (checked over the range by tests/cpu). Below, and at -inf, it is 0 (results there would be
+// subnormal); above it saturates; NaN stays NaN.
+// Cody-Waite: x = n ln2 + r with |r| <= ln2 / 2 and ln2 in two parts; then a degree-6 minimax polynomial of exp on that interval.
+ATTNREG_INLINE vfloat vexp(vfloat x) {
+    const vfloat magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    x = vmin(splat(88.37f), vmax(splat(-88.0f), x));
+    const vfloat shifted = fma(x, splat(1.44269504088896341f), magic);
+    const vfloat n = shifted - magic;
+    vfloat r = fma(n, splat(-0.693145751953125f), x);
+    r = fma(n, splat(-1.42860677e-6f), r);
+    vfloat p = splat(1.381453988e-3f);
+    p = fma(p, r, splat(8.368745127e-3f));
+    p = fma(p, r, splat(4.166839079e-2f));
+    p = fma(p, r, splat(1.666652040e-1f));
+    p = fma(p, r, splat(4.999999343e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    const vint exponent = ((vint)shifted << 23) + splat(int32_t(127) << 23);
+    return p * (vfloat)exponent;
+}
+
+// tanh(x): a degree-9 odd polynomial near 0, where (e - 1) / (e + 1) would cancel, and that quotient elsewhere.
+ATTNREG_INLINE vfloat vtanh(vfloat x) {
+    const vfloat clamped = vmin(splat(10.0f), vmax(splat(-10.0f), x));
+    const vfloat e = vexp(clamped + clamped);
+    const vfloat far = (e - splat(1.0f)) / (e + splat(1.0f));
+    const vfloat z = x * x;
+    vfloat p = splat(2.058955266e-2f);
+    p = fma(p, z, splat(-5.390235685e-2f));
+    p = fma(p, z, splat(1.333319671e-1f));
+    p = fma(p, z, splat(-3.333333242e-1f));
+    const vfloat near = fma(p * z, x, x);
+    return select(z < splat(0.0625f), near, far);
+}
+
+}  // namespace attnreg
