@@ -1,0 +1,1 @@
+"""One front door to attention for PyTorch."""

@@ -1,0 +1,88 @@
+"""Backend: what a plugin implements, and what it may report back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from attnreg.hardware import Hardware
+from attnreg.problem import Problem
+from attnreg.space import Config, SearchSpace
+
+__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds"]
+
+Prepared = Callable[..., Any]
+"""`run(q, k, v, **tensors)`: the output, or (out, lse) where the spec says return_lse.
+
+It takes the tensors as the user gave them (spec.layout), must serve every call of the problem's bucket, must not
+change its inputs, and must be differentiable in what `problem.grads` names.
+"""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to compute attention. A plugin returns instances from the `attnreg_backends` hook.
+
+    name: unique, lower case, such as "triton_flash". version: changes when the kernels change; it is part of
+    every record's key, so that a stale measurement is seen.
+
+    Optional methods: `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured) and
+    `cross_compile(problem, config, target) -> StaticReport | None`.
+    """
+
+    name: str
+    version: str
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        """Every reason why the problem cannot be computed exactly as said; empty if it can."""
+        ...
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        """The configurations to choose from; `SearchSpace()` if there is but one."""
+        ...
+
+    def prepare(self, problem: Problem, config: Config) -> Prepared:
+        """A callable that serves the problem's whole bucket. May compile; is called once a decision."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of `attnreg doctor`: what was looked at, whether it is well, and what to do if not."""
+
+    subject: str
+    ok: bool
+    detail: str
+    todo: str = ""
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """What a cross-compiled configuration shows without the hardware.
+
+    registers a thread, spilled bytes, shared memory bytes, occupancy (blocks a multiprocessor), tensor-core
+    instruction counts by mnemonic, and the static model's time in seconds. `refused` says why it cannot run;
+    empty if it can.
+    """
+
+    target: str
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    occupancy: float = 0.0
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    refused: str = ""
+
+
+def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> float | None:
+    """The backend's own cost estimate, or None where it makes none or fails at it."""
+    estimate = getattr(backend, "estimate", None)
+    if estimate is None:
+        return None
+    try:
+        seconds = float(estimate(problem, hardware))
+    except Exception:
+        return None
+    return seconds if seconds > 0 else None

@@ -1,0 +1,191 @@
+"""Problem: everything a choice of backend may depend on, as frozen data: spec, sizes, dtypes, strides, gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg.errors import RecordError
+from attnreg.spec import AttentionSpec, HeadGrouping
+from attnreg.validate import FLOAT8, Sizes
+
+__all__ = ["Problem", "TensorInfo", "bucket_size", "stride_class"]
+
+SIZES = ("batch", "sq", "skv", "total_q", "total_k", "pages")
+DIFFERENTIABLE = ("bias", "sinks", "score_weight")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype of a named call tensor, and which of its dimensions are broadcast: 1 where the size is 1, else 0."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem, as a backend and the tuner see it.
+
+    Sizes are ints; sq and skv are bounds on the longest sequence under layout thd, total_q and total_k its
+    packed rows, pages the pages of a paged cache (0 elsewhere). Dtypes are torch's names without the prefix.
+    strides: one class each for q, k, v (see `stride_class`). grads: the names that need a gradient.
+    square: sq == skv. device: "cpu" or "cuda" (HIP devices are "cuda" to torch).
+    """
+
+    spec: AttentionSpec
+    batch: int
+    q_heads: int
+    kv_heads: int
+    sq: int
+    skv: int
+    head_dim: int
+    head_dim_k: int
+    head_dim_v: int
+    total_q: int = 0
+    total_k: int = 0
+    pages: int = 0
+    dtype: str = "float32"
+    kv_dtype: str = "float32"
+    device: str = "cpu"
+    strides: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
+    tensors: tuple[TensorInfo, ...] = ()
+    grads: frozenset[str] = frozenset()
+    square: bool = False
+
+    @staticmethod
+    def of(spec: AttentionSpec, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Problem:
+        """The problem of a call whose sizes `validate.check` returned."""
+        named = {name: x for name, x in sorted(tensors.items()) if isinstance(x, Tensor)}
+        grads: set[str] = set()
+        if torch.is_grad_enabled():
+            grads = {n for n, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad}
+            grads |= {n for n in DIFFERENTIABLE if n in named and named[n].requires_grad}
+        return Problem(
+            spec=spec,
+            **{f.name: getattr(sizes, f.name) for f in fields(Sizes)},
+            dtype=_name(q.dtype),
+            kv_dtype=_name(k.dtype),
+            device=q.device.type,
+            strides=(stride_class(q), stride_class(k), stride_class(v)),
+            tensors=tuple(
+                TensorInfo(n, _name(x.dtype), tuple(1 if d == 1 else 0 for d in x.shape)) for n, x in named.items()
+            ),
+            grads=frozenset(grads),
+            square=bool(sizes.sq == sizes.skv),
+        )
+
+    @property
+    def heads(self) -> HeadGrouping:
+        """The head grouping, read off the tensors."""
+        return HeadGrouping(q=self.q_heads, kv=self.kv_heads)
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What the raw score is multiplied by."""
+        return self.spec.score.factor(self.head_dim)
+
+    @property
+    def needs_grad(self) -> bool:
+        """Does any input need a gradient?"""
+        return bool(self.grads)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """q's dtype; bfloat16 where q is float8."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return torch.bfloat16 if dtype in FLOAT8 else dtype
+
+    def info(self, name: str) -> TensorInfo | None:
+        """What is known of a named call tensor; None where the call has none of that name."""
+        return next((t for t in self.tensors if t.name == name), None)
+
+    def bucket(self) -> Problem:
+        """The problem with its sizes rounded up to powers of two; 1 stays 1, and sq == skv stays equal.
+
+        All calls of one bucket share a decision and a prepared callable.
+        """
+        sizes: dict[str, Any] = {name: bucket_size(getattr(self, name)) for name in SIZES}
+        return replace(self, **sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Readable plain data; raises SpecError for a custom mask, which has none."""
+        data: dict[str, Any] = {"spec": self.spec.model_dump(mode="json", exclude_defaults=True)}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                data[field.name] = sorted(value) if field.name == "grads" else value
+        data["strides"] = list(self.strides)
+        data["tensors"] = {t.name: [t.dtype, list(t.dims)] for t in self.tensors}
+        return data
+
+    @staticmethod
+    def from_json(data: object) -> Problem:
+        """The problem that `to_json` described. Raises RecordError naming what is wrong."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("spec"), Mapping):
+            raise RecordError(f"problem: expected an object with a 'spec', got {data!r}")
+        known = {field.name: field for field in fields(Problem)}
+        extra = set(data) - set(known)
+        if extra:
+            raise RecordError(f"problem: unknown fields {sorted(extra)}; known: {sorted(known)}")
+        values: dict[str, Any] = dict(data)
+        try:
+            values["spec"] = AttentionSpec.model_validate(dict(data["spec"]))
+            values["strides"] = tuple(data.get("strides", ("contiguous",) * 3))
+            values["grads"] = frozenset(data.get("grads", ()))
+            named = data.get("tensors", {})
+            values["tensors"] = tuple(TensorInfo(n, str(t[0]), tuple(t[1])) for n, t in sorted(named.items()))
+            problem = Problem(**values)
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RecordError(f"problem: {error}") from error
+        problem._check_types()
+        return problem
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise RecordError(f"problem: {field.name}: expected an integer >= 0, got {value!r}")
+            if field.name in ("dtype", "kv_dtype") and not isinstance(getattr(torch, str(value), None), torch.dtype):
+                raise RecordError(f"problem: {field.name}: expected the name of a torch dtype, got {value!r}")
+
+    def key(self) -> str:
+        """Canonical text of the problem: equal problems have equal keys, in every process."""
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+
+    def __str__(self) -> str:
+        shape = f"B{self.batch} H{self.q_heads}/{self.kv_heads} Sq{self.sq} Skv{self.skv} D{self.head_dim}"
+        if self.head_dim_v != self.head_dim:
+            shape += f"/{self.head_dim_v}"
+        kv = "" if self.kv_dtype == self.dtype else f" kv {self.kv_dtype}"
+        grad = f" grad {','.join(sorted(self.grads))}" if self.grads else ""
+        return f"{shape} {self.dtype}{kv} {self.device}{grad} {self.spec!r}"
+
+
+def bucket_size(n: int) -> int:
+    """The power of two at or above n; 0 and 1 stay."""
+    return n if n <= 1 else 1 << (n - 1).bit_length()
+
+
+def stride_class(x: Tensor) -> str:
+    """contiguous; rows (last dimension dense, others any); expanded (a stride 0 over a size > 1); or strided."""
+    if x.is_contiguous():
+        return "contiguous"
+    if any(st == 0 and n > 1 for st, n in zip(x.stride(), x.shape, strict=True)):
+        return "expanded"
+    return "rows" if x.stride(-1) == 1 or x.shape[-1] == 1 else "strided"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,170 @@
+"""Block sparsity patterns: which blocks of query-key pairs exist at all; what attends is `mask AND sparsity`.
+
+A pattern is defined over blocks. Blocks of positions (BigBird, Strided): block row r = p // block, block column
+c = j // block. Blocks of rows (Blocks): r = i // block_q. The last block of either side may be cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attnreg._node import Node, check_int
+from attnreg.masks import Coords, take
+
+__all__ = ["BigBird", "Blocks", "Dense", "Sparsity", "Strided"]
+
+
+class Sparsity(Node):
+    """Base of every block sparsity pattern."""
+
+    family: ClassVar[str] = "sparsity"
+
+    def allows(self, c: Coords, skv: int) -> Tensor:
+        """Bool tensor that broadcasts over the coordinates, for `skv` keys: True where the block exists."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it allows")
+
+
+@dataclass(frozen=True)
+class Dense(Sparsity):
+    """Every block exists."""
+
+    kind: ClassVar[str] = "dense"
+
+    def allows(self, c: Coords, skv: int) -> Tensor:
+        return (c.p == c.p) & (c.j == c.j)
+
+
+@dataclass(frozen=True)
+class Blocks(Sparsity):
+    """`block_mask` [B or 1, Hq or 1, nQ, nKV] bool, given at the call, over blocks of rows and of keys.
+
+    nQ = ceil(Sq / block_q), nKV = ceil(Skv / block_kv).
+    """
+
+    block_q: int
+    block_kv: int
+    kind: ClassVar[str] = "blocks"
+
+    def __post_init__(self) -> None:
+        check_int(self, "block_q", 1)
+        check_int(self, "block_kv", 1)
+
+    def tensors(self) -> frozenset[str]:
+        return frozenset({"block_mask"})
+
+    def allows(self, c: Coords, skv: int) -> Tensor:
+        return take(c.tensors["block_mask"], c.b, c.h, c.i // self.block_q, c.j // self.block_kv)
+
+
+@dataclass(frozen=True)
+class BigBird(Sparsity):
+    """Window, global and random blocks (Zaheer et al. 2020, arXiv:2007.14062).
+
+    `window` blocks centred on the diagonal (window // 2 to each side), the first and last `global_blocks` rows
+    and columns of blocks, and in each row `random_blocks` others, drawn once per query head from `seed`. The
+    draw depends on the seed, the head, the row and the number of block columns, and on nothing else.
+    """
+
+    block: int
+    window: int = 3
+    global_blocks: int = 1
+    random_blocks: int = 3
+    seed: int = 0
+    kind: ClassVar[str] = "bigbird"
+
+    def __post_init__(self) -> None:
+        check_int(self, "block", 1)
+        check_int(self, "window", 1)
+        for name in ("global_blocks", "random_blocks", "seed"):
+            check_int(self, name, 0)
+
+    def structural(self, r: Tensor, c: Tensor, columns: int) -> Tensor:
+        """Window and global blocks: True at block row r, block column c of `columns`."""
+        g = self.global_blocks
+        near = (r - c).abs() <= self.window // 2
+        outer = (c < g) | (c >= columns - g) | ((r >= 0) & (r < g)) | ((r >= columns - g) & (r < columns))
+        return near | outer
+
+    def random_columns(self, heads: int, columns: int) -> npt.NDArray[np.int64]:
+        """The random block columns [heads, columns (as rows), random_blocks], -1 where a row has too few others."""
+        return _draw(self, heads, columns)
+
+    def allows(self, c: Coords, skv: int) -> Tensor:
+        columns = -(-skv // self.block)
+        r = torch.div(c.p, self.block, rounding_mode="floor")
+        col = c.j // self.block
+        out = self.structural(r, col, columns)
+        if not self.random_blocks or not columns:
+            return out
+        heads = int(c.h.max()) + 1 if c.h.numel() else 1
+        drawn = torch.from_numpy(self.random_columns(heads, columns)).to(c.j.device)
+        inside = (r >= 0) & (r < columns)
+        picks = drawn[c.h, r.clamp(0, columns - 1)]
+        return out | (inside & (picks == col.unsqueeze(-1)).any(-1))
+
+
+@dataclass(frozen=True)
+class Strided(Sparsity):
+    """The `local` blocks up to the diagonal (0 <= r - c < local) and every `stride`-th block column (c % stride == 0).
+
+    After Child et al. 2019, arXiv:1904.10509, at block level.
+    """
+
+    block: int
+    local: int
+    stride: int
+    kind: ClassVar[str] = "strided"
+
+    def __post_init__(self) -> None:
+        for name in ("block", "local", "stride"):
+            check_int(self, name, 1)
+
+    def allows(self, c: Coords, skv: int) -> Tensor:
+        r = torch.div(c.p, self.block, rounding_mode="floor")
+        col = c.j // self.block
+        return ((r - col >= 0) & (r - col < self.local)) | (col % self.stride == 0)
+
+
+def _draw(pattern: BigBird, heads: int, columns: int) -> npt.NDArray[np.int64]:
+    """Distinct columns outside window and global blocks, by rejection from a counter-based hash: O(rows)."""
+    want, g, half = pattern.random_blocks, pattern.global_blocks, pattern.window // 2
+    head = np.arange(heads, dtype=np.uint64)[:, None]
+    row = np.arange(columns, dtype=np.int64)[None, :]
+    picks = np.full((heads, columns, want), -1, dtype=np.int64)
+    first, last = min(g, columns), max(columns - g, min(g, columns))
+    low, high = np.maximum(row - half, first), np.minimum(row + half, last - 1)
+    others = np.maximum(last - first, 0) - np.maximum(high - low + 1, 0)
+    others = np.where((row < g) | (row >= columns - g), 0, others)
+    filled = np.zeros((heads, columns), dtype=np.int64)
+    goal = np.broadcast_to(np.minimum(others, want), (heads, columns))
+    turn = 0
+    while (filled < goal).any():
+        # The n-th other column is found by stepping over the window, so a draw is always eligible.
+        mixed = _mix(_mix(_mix(np.uint64(pattern.seed), head), row.astype(np.uint64)), np.uint64(turn))
+        nth = (mixed % np.maximum(others, 1).astype(np.uint64)).astype(np.int64)
+        column = first + nth
+        column = np.where((high >= low) & (column >= low), column + (high - low + 1), column)
+        fresh = (filled < goal) & ~(picks == column[..., None]).any(-1)
+        at_head, at_row = np.nonzero(fresh)
+        picks[at_head, at_row, filled[at_head, at_row]] = column[at_head, at_row]
+        filled[at_head, at_row] += 1
+        turn += 1
+    return picks
+
+
+def _mix(
+    state: npt.NDArray[np.uint64] | np.uint64, value: npt.NDArray[np.uint64] | np.uint64
+) -> npt.NDArray[np.uint64]:
+    """One round of splitmix64 (Steele, Lea, Flood 2014) over state and value; wraps modulo 2**64 on purpose."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(state, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(value) + np.uint64(1)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return out

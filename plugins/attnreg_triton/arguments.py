@@ -1,0 +1,106 @@
+"""Kernel arguments as named tuples: what each kernel reads, in one place and free of Triton.
+
+Triton takes a named tuple as one argument and specialises its leaves one by one; a leaf that is None is a
+compile-time absence, so `if score.bias is not None` in a kernel costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Strided(NamedTuple):
+    """A [batch, head, row, column] view; columns lie next to each other. Strides are in elements."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
+class Bias(NamedTuple):
+    """An additive score [batch, head, query, key]; a broadcast axis has stride 0."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Lengths(NamedTuple):
+    """Sequence sizes: dense sizes, or packed starts `cu_q`/`cu_k` [B + 1], and where the queries stand.
+
+    `kv_lengths` [B] cuts each sequence's keys; `query_offset` [B] is the position of the first query, otherwise
+    it is `kv_len - q_len` where `bottom_right` is 1 and 0 where it is 0.
+    """
+
+    q_len: Any
+    kv_len: Any
+    cu_q: Any
+    cu_k: Any
+    kv_lengths: Any
+    query_offset: Any
+    bottom_right: Any
+
+
+class Pages(NamedTuple):
+    """A paged KV cache: `table` [B, pages of a sequence] with row stride `stride`; `size` keys a page."""
+
+    table: Any
+    stride: Any
+    size: Any
+
+
+class Mask(NamedTuple):
+    """A band: `position - left <= key`, `key <= position + right` or `key < prefix`, and the same document.
+
+    None leaves a side open. `document_first`/`document_last` [B, Skv] hold, for each key, the first and the last
+    key of its document.
+    """
+
+    left: Any
+    right: Any
+    prefix: Any
+    prefix_lengths: Any
+    document_first: Any
+    document_last: Any
+    document_stride: Any
+    document_size: Any
+
+
+class Score(NamedTuple):
+    """`softcap(scale * q.k) + bias - slope * |position - key|`."""
+
+    scale: Any
+    softcap: Any
+    bias: Any
+    alibi: Any
+    alibi_batch: Any
+
+
+class Dropout(NamedTuple):
+    """`seed` points at one int64 on the device; `p` is the chance that a weight is dropped."""
+
+    seed: Any
+    p: Any
+
+
+class Sequence(NamedTuple):
+    """One sequence inside a kernel: its batch index, first packed token, lengths, and first query position."""
+
+    batch: Any
+    q_start: Any
+    q_len: Any
+    kv_start: Any
+    kv_len: Any
+    offset: Any
+
+
+class Rows(NamedTuple):
+    """Query rows inside a kernel, shaped to broadcast against keys: query index, head, position, validity."""
+
+    query: Any
+    head: Any
+    position: Any
+    valid: Any

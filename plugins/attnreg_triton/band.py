@@ -1,0 +1,156 @@
+"""Which keys a tile of queries may see, and which tiles to visit: band masks inside a kernel.
+
+A sequence is found from a program's index without any host knowledge of the lengths: with packed sequences, tile t
+of a grid of `total // block + sequences` tiles belongs to the last sequence i with `start_i // block + i <= t`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arguments import Rows, Sequence
+
+
+@triton.jit
+def load_sequence(lengths, batch):
+    """Sizes and positions of sequence `batch`."""
+    q_start = 0
+    q_len = lengths.q_len
+    if lengths.cu_q is not None:
+        q_start = tl.load(lengths.cu_q + batch).to(tl.int32)
+        q_len = tl.load(lengths.cu_q + batch + 1).to(tl.int32) - q_start
+    kv_start = 0
+    kv_len = lengths.kv_len
+    if lengths.cu_k is not None:
+        kv_start = tl.load(lengths.cu_k + batch).to(tl.int32)
+        kv_len = tl.load(lengths.cu_k + batch + 1).to(tl.int32) - kv_start
+    if lengths.kv_lengths is not None:
+        kv_len = tl.minimum(kv_len, tl.load(lengths.kv_lengths + batch).to(tl.int32))
+    if lengths.query_offset is not None:
+        offset = tl.load(lengths.query_offset + batch).to(tl.int32)
+    else:
+        offset = (kv_len - q_len) * lengths.bottom_right
+    return Sequence(batch, q_start, q_len, kv_start, kv_len, offset)
+
+
+@triton.jit
+def find_tile(starts, tile, batches, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sequence that packed tile `tile` belongs to, and the tile's number in that sequence."""
+    low = 0
+    high = batches
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(starts + middle).to(tl.int32) * GROUP // BLOCK + middle
+        if first <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tile - (tl.load(starts + low).to(tl.int32) * GROUP // BLOCK + low)
+
+
+@triton.jit
+def make_rows(sequence, kv_head, row, GROUP: tl.constexpr):
+    """Packed row r is query r // GROUP of head kv_head * GROUP + r % GROUP."""
+    query = row // GROUP
+    return Rows(query, kv_head * GROUP + row % GROUP, query + sequence.offset, query < sequence.q_len)
+
+
+@triton.jit
+def prefix_length(mask, sequence):
+    """Keys below this are seen by every query of the sequence."""
+    length = 0
+    if mask.prefix is not None:
+        length = mask.prefix
+    if mask.prefix_lengths is not None:
+        length = tl.load(mask.prefix_lengths + sequence.batch).to(tl.int32)
+    return length
+
+
+@triton.jit
+def load_document(table, mask, sequence, index, missing):
+    """`table[batch, index]`, or `missing` where no key stands at `index`."""
+    inside = (index >= 0) & (index < mask.document_size)
+    return tl.load(table + sequence.batch.to(tl.int64) * mask.document_stride + index, mask=inside, other=missing)
+
+
+@triton.jit
+def allow(mask, sequence, rows, keys, prefix):
+    """True where the row may attend the key."""
+    allowed = rows.valid & (keys < sequence.kv_len)
+    if mask.left is not None:
+        allowed = allowed & (keys >= rows.position - mask.left)
+    if mask.right is not None:
+        near = keys <= rows.position + mask.right
+        if (mask.prefix is not None) or (mask.prefix_lengths is not None):
+            near = near | (keys < prefix)
+        allowed = allowed & near
+    if mask.document_first is not None:
+        mine = load_document(mask.document_first, mask, sequence, rows.position, -1)
+        allowed = allowed & (mine == load_document(mask.document_first, mask, sequence, keys, -2))
+    return allowed
+
+
+@triton.jit
+def document_span(mask, sequence, index):
+    """First and last key of the documents of the keys (or positions) `index`; an empty span where there is none."""
+    first = tl.min(load_document(mask.document_first, mask, sequence, index, 2147483647))
+    last = tl.max(load_document(mask.document_last, mask, sequence, index, -1))
+    return first, last
+
+
+@triton.jit
+def key_range(mask, sequence, position, first, last, prefix, BLOCK: tl.constexpr):
+    """Keys to visit for queries at positions first..last: begin, full begin, full end, end.
+
+    [full begin, full end) needs no mask. All but `end` are multiples of BLOCK. `position` holds each row's
+    position, for documents.
+    """
+    begin = 0
+    end = sequence.kv_len
+    full_begin = 0
+    full_end = sequence.kv_len
+    if mask.left is not None:
+        begin = tl.maximum(begin, first - mask.left)
+        full_begin = tl.maximum(full_begin, last - mask.left)
+    if mask.right is not None:
+        end = tl.minimum(end, tl.maximum(last + mask.right + 1, prefix))
+        full_end = tl.minimum(full_end, tl.maximum(first + mask.right + 1, prefix))
+    if mask.document_first is not None:
+        document_first, document_last = document_span(mask, sequence, position)
+        begin = tl.maximum(begin, document_first)
+        end = tl.minimum(end, document_last + 1)
+        full_end = 0
+    return round_range(begin, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
+def query_range(mask, sequence, keys, first, last, prefix, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Packed rows to visit for keys first..last, as `key_range` gives keys for queries."""
+    begin = 0
+    end = sequence.q_len
+    full_begin = 0
+    full_end = sequence.q_len
+    if mask.left is not None:
+        end = tl.minimum(end, last + mask.left + 1 - sequence.offset)
+        full_end = tl.minimum(full_end, first + mask.left + 1 - sequence.offset)
+    if mask.right is not None:
+        begin = tl.where(first < prefix, 0, tl.maximum(begin, first - mask.right - sequence.offset))
+        full_begin = tl.where(last < prefix, 0, tl.maximum(full_begin, last - mask.right - sequence.offset))
+    if mask.document_first is not None:
+        document_first, document_last = document_span(mask, sequence, keys)
+        begin = tl.maximum(begin, document_first - sequence.offset)
+        end = tl.minimum(end, document_last + 1 - sequence.offset)
+        full_end = 0
+    if last >= sequence.kv_len:
+        full_end = 0
+    return round_range(begin * GROUP, full_begin * GROUP, full_end * GROUP, end * GROUP, BLOCK)
+
+
+@triton.jit
+def round_range(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """Align a visit to tiles: begins round down, the full part rounds inwards, and all four come in order."""
+    begin = begin // BLOCK * BLOCK
+    full_begin = tl.maximum(begin, tl.minimum((full_begin + BLOCK - 1) // BLOCK * BLOCK, end // BLOCK * BLOCK))
+    full_end = tl.maximum(full_begin, tl.minimum(full_end, end) // BLOCK * BLOCK)
+    return begin, full_begin, full_end, end

@@ -1,0 +1,181 @@
+"""One attention tile: load, score, mask, softmax step and gradient step, shared by every kernel.
+
+Row and key indices come in shaped to broadcast ([M, 1] against [1, N], or [1, M] against [N, 1]), so the same code
+serves kernels that hold queries as rows and kernels that hold keys as rows. Scores are in units of log2: the weight
+of a key is `exp2(score - lse * log2(e))`. Online softmax: Milakov and Gimelshein (2018), Dao (2023).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def multiply(a, b, accumulator, PRECISION: tl.constexpr):
+    """`accumulator + a @ b` in float32."""
+    if INTERPRETED:
+        # The interpreter multiplies bfloat16 operands as integers: widen them first.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """`a @ b` in float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def load_matrix(pointers, columns, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """Load `pointers[:, None] + columns`: rows where `valid`, columns below SIZE; zero elsewhere."""
+    tile = pointers[:, None] + columns[None, :]
+    if CHECK and SIZE % BLOCK != 0:
+        return tl.load(tile, mask=valid[:, None] & (columns[None, :] < SIZE), other=0.0)
+    elif CHECK:
+        return tl.load(tile, mask=valid[:, None], other=0.0)
+    elif SIZE % BLOCK != 0:
+        return tl.load(tile, mask=columns[None, :] < SIZE, other=0.0)
+    else:
+        return tl.load(tile)
+
+
+@triton.jit
+def load_head(pointers, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CHECK: tl.constexpr):
+    """Load a head of SIZE columns as BLOCK columns and, where TAIL > 0, TAIL more (192 = 128 + 64)."""
+    if TAIL > 0:
+        main = load_matrix(pointers, tl.arange(0, BLOCK), valid, BLOCK, BLOCK, CHECK)
+        rest = load_matrix(pointers + BLOCK, tl.arange(0, TAIL), valid, SIZE - BLOCK, TAIL, CHECK)
+        return main, rest
+    else:
+        return load_matrix(pointers, tl.arange(0, BLOCK), valid, SIZE, BLOCK, CHECK), None
+
+
+@triton.jit
+def store_matrix(pointers, columns, value, valid, SIZE: tl.constexpr):
+    """Store `value` at `pointers[:, None] + columns`, rows where `valid`, columns below SIZE."""
+    tile = pointers[:, None] + columns[None, :]
+    tl.store(tile, value.to(pointers.dtype.element_ty), mask=valid[:, None] & (columns[None, :] < SIZE))
+
+
+@triton.jit
+def key_pointers(tensor, sequence, kv_head, keys, start, pages):
+    """Addresses of the rows `keys` of k or v; `start` is the tile's first key, `keys` = start + 0, 1, ..."""
+    head = kv_head.to(tl.int64) * tensor.head
+    if pages is not None:
+        slot = pages.table + sequence.batch.to(tl.int64) * pages.stride + keys // pages.size
+        # Slots that no key in range needs may hold -1: read page 0 there, the mask drops what it holds.
+        page = tl.maximum(tl.load(slot, mask=keys < sequence.kv_len, other=0), 0)
+        return tensor.data + head + page.to(tl.int64) * tensor.batch + (keys % pages.size) * tensor.row
+    else:
+        first = sequence.batch.to(tl.int64) * tensor.batch + head + (sequence.kv_start + start).to(tl.int64) * tensor.row
+        # A 64-bit base with 32-bit offsets inside the tile: fewer registers, and buffer loads on AMD.
+        return tensor.data + first + (keys - start) * tensor.row
+
+
+@triton.jit
+def row_pointers(tensor, sequence, query, head):
+    """Addresses of query rows (q, o, do, dq) given the query index in its sequence and the query head."""
+    base = tensor.data + sequence.batch.to(tl.int64) * tensor.batch
+    return base + (sequence.q_start + query).to(tl.int64) * tensor.row + head.to(tl.int64) * tensor.head
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy: the exponential form loses digits near 0, where the odd series is exact."""
+    square = x * x
+    series = x + x * square * (-0.33333333 + square * (0.13333334 + square * (-0.053968254 + square * 0.021869488)))
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def bias_pointers(bias, sequence, rows, keys):
+    """Addresses of the bias of each (row, key)."""
+    base = bias.data + sequence.batch.to(tl.int64) * bias.batch
+    return base + rows.head.to(tl.int64) * bias.head + rows.query.to(tl.int64) * bias.row + keys * bias.column
+
+
+@triton.jit
+def finish_scores(products, score, sequence, rows, keys):
+    """Turn q.k into scores in log2 units; also the softcap's tanh (None without), which its gradient needs."""
+    capped = None
+    if score.softcap is not None:
+        capped = tanh(products * (score.scale / score.softcap))
+        scores = capped * (score.softcap * LOG2E)
+    else:
+        scores = products * (score.scale * LOG2E)
+    if score.bias is not None:
+        inside = rows.valid & (keys < sequence.kv_len)
+        bias = tl.load(bias_pointers(score.bias, sequence, rows, keys), mask=inside, other=0.0)
+        scores += bias.to(tl.float32) * LOG2E
+    if score.alibi is not None:
+        slope = tl.load(score.alibi + sequence.batch * score.alibi_batch + rows.head, mask=rows.valid, other=0.0)
+        distance = tl.abs(rows.position - keys).to(tl.float32)
+        scores -= slope.to(tl.float32) * LOG2E * distance
+    return scores, capped
+
+
+@triton.jit
+def head_products(a, a_tail, b, b_tail, PRECISION: tl.constexpr):
+    """`a @ b^T` over a head that may come in two pieces."""
+    products = product(a, tl.trans(b), PRECISION)
+    if a_tail is not None:
+        products = multiply(a_tail, tl.trans(b_tail), products, PRECISION)
+    return products
+
+
+@triton.jit
+def keep_mask(dropout, sequence, rows, keys):
+    """True where dropout keeps the weight: Philox keyed by the seed, counted by (key, query, head, batch).
+
+    It depends on no tile size, so forward and backward draw the same mask under different configurations.
+    """
+    shape = rows.query + keys
+    zero = shape * 0
+    bits, _, _, _ = tl.philox(
+        tl.load(dropout.seed), zero + keys, zero + rows.query, zero + rows.head, zero + sequence.batch
+    )
+    return tl.uint_to_uniform_float(bits) >= dropout.p
+
+
+@triton.jit
+def softmax_step(scores, maximum, total):
+    """One online-softmax step over [M, N] scores: weights, the factor for older sums, new maximum and total."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has seen no key yet has maximum -inf; 0 instead keeps -inf - -inf from making NaN.
+    safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - safe[:, None])
+    decay = tl.exp2(maximum - safe)
+    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def score_gradient(scores, capped, dp, lse, delta, allowed, keep, dropout):
+    """Weights (after dropout) and the gradient of `scale * q.k`; zero wherever `allowed` is False.
+
+    lse is in log2 units, +inf for an empty row. `allowed` None means every key of the tile is.
+    """
+    weights = tl.exp2(scores - lse)
+    if allowed is not None:
+        # Select, never multiply: a masked key may have made inf or NaN on the way here.
+        weights = tl.where(allowed, weights, 0.0)
+    dropped = weights
+    if dropout is not None:
+        kept = 1.0 / (1.0 - dropout.p)
+        dropped = tl.where(keep, weights * kept, 0.0)
+        dp = tl.where(keep, dp * kept, 0.0)
+    gradient = weights * (dp - delta)
+    if allowed is not None:
+        gradient = tl.where(allowed, gradient, 0.0)
+    bias_gradient = gradient
+    if capped is not None:
+        gradient = gradient * (1.0 - capped * capped)
+    return dropped, gradient, bias_gradient
