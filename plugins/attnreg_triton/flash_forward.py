@@ -21,6 +21,7 @@ from .tile import (
     load_head,
     load_matrix,
     multiply,
+    narrow,
     row_pointers,
     softmax_step,
     store_matrix,
@@ -71,7 +72,7 @@ def attend(
             weights = tl.where(keep_mask(dropout, sequence, rows, keys[None, :]), weights, 0.0)
         pointers = key_pointers(v, sequence, kv_head, keys, start, pages)
         v_tile = load_matrix(pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, MASKED)
-        accumulator = multiply(weights.to(v_tile.dtype), v_tile, accumulator * decay[:, None], PRECISION)
+        accumulator = multiply(narrow(weights, v_tile.dtype), v_tile, accumulator * decay[:, None], PRECISION)
     return accumulator, maximum, total
 
 
@@ -104,6 +105,7 @@ def forward_kernel(
     num_kv_heads,
     tiles,
     splits,
+    partial_rows,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -179,8 +181,8 @@ def forward_kernel(
     out_pointers = row_pointers(out, sequence, row_index.query, row_index.head)
     lse_pointers = row_pointers(lse, sequence, row_index.query, row_index.head)
     if SPLITS:
-        # Partial results stand one split after another: the split plays the part of an outer batch.
-        out_pointers += split.to(tl.int64) * batches * out.batch
-        lse_pointers += split.to(tl.int64) * batches * lse.batch
+        # Partial results stand one split after another: `partial_rows` rows of DV columns each.
+        out_pointers += split.to(tl.int64) * partial_rows * DV
+        lse_pointers += split.to(tl.int64) * partial_rows
     store_matrix(out_pointers, tl.arange(0, BLOCK_DV), accumulator, valid, DV)
     tl.store(lse_pointers, natural, mask=valid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import LN2, LOG2E
+from .tile import LN2, LOG2E, narrow
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def merge_kernel(
     """One output row [DV] a program; `partial` is [splits, rows, DV] and `partial_lse` [splits, rows], float32."""
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK_SPLITS)
-    parts = tl.load(partial_lse + index.to(tl.int64) * rows + row, mask=index < splits, other=float("-inf")) * LOG2E
+    parts = tl.load(partial_lse + index * rows + row, mask=index < splits, other=float("-inf")) * LOG2E
     maximum = tl.max(parts, 0)
     safe = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(tl.exp2(parts - safe), 0)
@@ -33,13 +33,13 @@ def merge_kernel(
     columns = tl.arange(0, BLOCK_DV)
     accumulator = tl.zeros([BLOCK_DV], tl.float32)
     for split in range(0, splits):
-        at = (split * 1).to(tl.int64) * rows + row
+        at = row.to(tl.int64) + split * rows
         weight = tl.exp2(tl.load(partial_lse + at) * LOG2E - safe) / divisor
         accumulator += weight * tl.load(partial + at * DV + columns, mask=columns < DV, other=0.0)
     query = row % q_len
     head = row // q_len % heads
     batch = (row // q_len // heads).to(tl.int64)
     base = out.data + batch * out.batch + head.to(tl.int64) * out.head + query.to(tl.int64) * out.row
-    tl.store(base + columns, accumulator.to(out.data.dtype.element_ty), mask=columns < DV)
+    tl.store(base + columns, narrow(accumulator, out.data.dtype.element_ty), mask=columns < DV)
     natural = tl.where(total == 0.0, float("-inf"), (safe + tl.log2(divisor)) * LN2)
     tl.store(lse + row, natural)

@@ -33,6 +33,16 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """float32 `value` as `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts bfloat16 off instead of rounding: round the bits here, as hardware does.
+        bits = value.to(tl.uint32, bitcast=True)
+        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def load_matrix(pointers, columns, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """Load `pointers[:, None] + columns`: rows where `valid`, columns below SIZE; zero elsewhere."""
     tile = pointers[:, None] + columns[None, :]
@@ -61,7 +71,7 @@ def load_head(pointers, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl
 def store_matrix(pointers, columns, value, valid, SIZE: tl.constexpr):
     """Store `value` at `pointers[:, None] + columns`, rows where `valid`, columns below SIZE."""
     tile = pointers[:, None] + columns[None, :]
-    tl.store(tile, value.to(pointers.dtype.element_ty), mask=valid[:, None] & (columns[None, :] < SIZE))
+    tl.store(tile, narrow(value, pointers.dtype.element_ty), mask=valid[:, None] & (columns[None, :] < SIZE))
 
 
 @triton.jit
