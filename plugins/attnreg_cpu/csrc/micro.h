@@ -2,13 +2,13 @@
 //
 // A tile holds NV * LANES query rows. Everything that belongs to a row (its score for one key, its maximum, one channel of its output) is a
 // lane, so maxima, sums and masks need no reduction across lanes, and keys and values are read as broadcast scalars straight from
-// their row-major memory. All three products of attention and of its gradient then have the form
+// their row-major memory. The products of attention and of its gradient then have the form
 //
 //     c[i][lane] (+)= sum_k A(i, k) * b[k][lane]
 //
 // with MR values of i and NV vectors of lanes held in registers.
 #pragma once
-#include "vec.h"
+#include "operand.h"
 
 namespace attnreg {
 
@@ -19,19 +19,74 @@ constexpr int micro_rows(int vectors) {
 }
 
 // acc[i][v] += sum over k < depth of A(i, k) * b[k * NV * LANES + v * LANES ...];
-// A(i, k) is a[i * lda + k] where K_CONTIGUOUS, else a[k * lda + i].
-template <int MR, int NV, bool K_CONTIGUOUS>
-ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const float* a, int64_t lda, const float* b) {
+// A(i, k) is a[i * stride + k] where K_CONTIGUOUS, else a[k * stride + i].
+template <int MR, int NV, bool K_CONTIGUOUS, class Operand>
+ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand* a, int64_t stride, const Operand* b) {
     for (int64_t k = 0; k < depth; ++k) {
-        vfloat column[NV];
+        typename Operand::Vector column[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) column[v] = load(b + (k * NV + v) * LANES);
+        for (int v = 0; v < NV; ++v) column[v] = load_as<typename Operand::Vector>(b + (k * NV + v) * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
-            const vfloat scalar = splat(K_CONTIGUOUS ? a[i * lda + k] : a[k * lda + i]);
+            const typename Operand::Vector scalar = broadcast(K_CONTIGUOUS ? a[i * stride + k] : a[k * stride + i]);
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) acc[i][v] = fma(scalar, column[v], acc[i][v]);
+            for (int v = 0; v < NV; ++v) acc[i][v] = accumulate(scalar, column[v], acc[i][v]);
         }
+    }
+}
+
+// scores[j][lane] = sum_d keys[j][d] * query[d][lane] for `count` keys, and peak[lane] = max(peak[lane], scores[..][lane]).
+// count >= micro_rows(NV): the last group of rows overlaps the one before it instead of running past the end.
+template <int NV, int DEPTH, class Operand>
+void multiply_scores(int64_t count, const Operand* keys, int64_t stride, const Operand* query, float* scores, float* peak) {
+    constexpr int MR = micro_rows(NV);
+    for (int64_t next = 0; next < count; next += MR) {
+        const int64_t j = next + MR <= count ? next : count - MR;
+        vfloat acc[MR][NV] = {};
+        multiply<MR, NV, true>(acc, DEPTH, keys + j * stride, stride, query);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            vfloat top = load(peak + v * LANES);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; ++i) {
+                top = vmax(top, acc[i][v]);
+                store(scores + ((j + i) * NV + v) * LANES, acc[i][v]);
+            }
+            store(peak + v * LANES, top);
+        }
+    }
+}
+
+template <int MR, int NV, class Operand>
+ATTNREG_INLINE void accumulate_channels(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
+                                        const float* rescale) {
+    vfloat acc[MR][NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        const vfloat factor = load(rescale + v * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) acc[i][v] = factor * load(output + (i * NV + v) * LANES);
+    }
+    multiply<MR, NV, false>(acc, depth, values, stride, weights);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) store(output + (i * NV + v) * LANES, acc[i][v]);
+    }
+}
+
+// output[d][lane] = rescale[lane] * output[d][lane] + sum_j values[j][d] * weights[j][lane] for CHANNELS values of d.
+template <int NV, int CHANNELS, class Operand>
+void multiply_values(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
+                     const float* rescale) {
+    constexpr int MR = micro_rows(NV);
+    constexpr int REST = CHANNELS % MR;
+    for (int64_t d = 0; d + MR <= CHANNELS; d += MR) {
+        accumulate_channels<MR, NV>(depth, values + d, stride, weights, output + d * NV * LANES, rescale);
+    }
+    if constexpr (REST != 0) {
+        constexpr int64_t d = CHANNELS - REST;
+        accumulate_channels<REST, NV>(depth, values + d, stride, weights, output + d * NV * LANES, rescale);
     }
 }
 

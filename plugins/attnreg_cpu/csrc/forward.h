@@ -1,0 +1,291 @@
+// Tiled online-softmax attention, forward.
+//
+// Work item: one run of query rows of one KV head's group. It walks the keys that any of its rows may attend; each run of keys is
+// widened and packed once for all tiles (query heads) of the item.
+#pragma once
+#include <cmath>
+
+#include "micro.h"
+#include "source.h"
+#include "tile.h"
+
+namespace attnreg {
+
+template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
+class Forward {
+  public:
+    explicit Forward(const Params& p) : p_(p), documents_(p) {
+        const bool by_head = p.layout_offsets != nullptr;
+        group_ = by_head ? 1 : p.q_heads / p.kv_heads;
+        rows_per_item_ = std::min<int64_t>(p.tiles, MAX_TILES) * FULL;
+        first_item_.push_back(0);
+        for (int64_t b = 0; b < p.batch; ++b) {
+            const int64_t rows = sequence_at(p, b).q_len * group_;
+            first_item_.push_back(first_item_.back() + (rows + rows_per_item_ - 1) / rows_per_item_ * head_groups());
+        }
+    }
+
+    // 0, or 1 where a thread could not get its scratch memory.
+    int run() {
+        std::atomic<int> failed{0};
+        parallel_for(first_item_.back(), p_.threads, [&](int64_t item, int64_t) {
+            char* scratch = Scratch::get(scratch_bytes());
+            if (scratch == nullptr) {
+                failed = 1;
+                return;
+            }
+            Worker worker(*this, scratch);
+            worker.attend(item);
+        });
+        return failed;
+    }
+
+  private:
+    static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
+    static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr int64_t MOST_ROWS = 16;  // of the micro-kernel: padding of packed keys
+    // Rows of keys can be read where they lie if they hold the very operands that the product takes.
+    static constexpr bool KEYS_IN_PLACE =
+        std::is_same<T, float>::value || (std::is_same<Operand, Pair>::value && HEAD_K % 2 == 0);
+    static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value;
+
+    int64_t head_groups() const { return p_.q_heads / group_; }
+
+    size_t scratch_bytes() const {
+        Carver carver(nullptr);
+        Buffers buffers;
+        Tile<Operand> tiles[MAX_TILES];
+        carve(carver, buffers, tiles);
+        return carver.used();
+    }
+
+    struct Buffers {
+        Operand *keys, *values;
+        float *scores, *peak, *rescale, *bias, *allowed;
+    };
+
+    void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
+        const int64_t block = p_.block_kv + MOST_ROWS;
+        b.keys = carver.take<Operand>(block * OPERANDS_K);
+        b.values = carver.take<Operand>(block * HEAD_V);
+        b.scores = carver.take<float>(block * FULL);
+        b.peak = carver.take<float>(FULL);
+        b.rescale = carver.take<float>(FULL);
+        b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
+        b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
+        for (int64_t t = 0; t < rows_per_item_ / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t]);
+    }
+
+    // A run of keys ready for the products.
+    struct Run {
+        int64_t first, count;
+        const Operand *keys, *values;
+        int64_t key_stride, value_stride;  // in operands
+        int32_t bits = -1;                 // block layout: number of its bit tile; -1 is none
+    };
+
+    class Worker {
+      public:
+        Worker(const Forward& shared, char* scratch) : f_(shared), p_(shared.p_) {
+            Carver carver(scratch);
+            f_.carve(carver, b_, tiles_);
+        }
+
+        void attend(int64_t item) {
+            locate(item);
+            begin();
+            Interval keys{INT32_MAX, -1};
+            for (int64_t t = 0; t < tile_count_; ++t) {
+                keys.first = std::min(keys.first, tiles_[t].keys.any.first);
+                keys.last = std::max(keys.last, tiles_[t].keys.any.last);
+            }
+            for (int64_t j = keys.first / 2 * 2; j <= keys.last; j += p_.block_kv) {
+                attend_run(j, std::min(p_.block_kv, keys.last + 1 - j), -1);
+            }
+            finish();
+        }
+
+      private:
+        void locate(int64_t item) {
+            const auto& starts = f_.first_item_;
+            const int64_t b = std::upper_bound(starts.begin(), starts.end(), item) - starts.begin() - 1;
+            s_ = sequence_at(p_, b);
+            const int64_t blocks = (starts[b + 1] - starts[b]) / f_.head_groups(), local = item - starts[b];
+            rows_.group = f_.group_;
+            rows_.head = local / blocks * f_.group_;
+            // Last rows first: under a causal mask they take longest, and the short ones even out the end.
+            rows_.first = (blocks - 1 - local % blocks) * f_.rows_per_item_;
+            rows_.count = std::min(f_.rows_per_item_, s_.q_len * f_.group_ - rows_.first);
+            const int64_t kv_head = rows_.head / (p_.q_heads / p_.kv_heads);
+            keys_ = key_source<T>(p_, s_, kv_head);
+            values_ = value_source<T>(p_, s_, kv_head);
+        }
+
+        void begin() {
+            tile_count_ = cut_tiles<VECTORS>(rows_, tiles_);
+            for (int64_t n = 0; n < tile_count_; ++n) {
+                Tile<Operand>& t = tiles_[n];
+                describe_tile(p_, s_, f_.documents_, rows_, t);
+                const T* pointers[FULL];
+                for (int64_t i = 0; i < t.count; ++i) {
+                    pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, rows_, t.row + i,
+                                              p_.cu_q != nullptr);
+                }
+                pack_lanes<HEAD_K>(pointers, t.count, t.lanes(), t.query);
+                std::fill(t.output, t.output + HEAD_V * t.lanes(), 0.0f);
+                for (int64_t i = 0; i < t.lanes(); ++i) {
+                    const float sink = p_.sinks ? p_.sinks[rows_.head_of(t.row + i)] : -INFINITY_F;
+                    t.top[i] = sink;
+                    t.sum[i] = sink == -INFINITY_F ? 0.0f : 1.0f;
+                }
+            }
+        }
+
+        // Keys first .. first + count - 1, `first` even (pairs of keys start there).
+        void attend_run(int64_t first, int64_t count, int32_t bits) {
+            Run run{first, count, nullptr, nullptr, 0, 0, bits};
+            const bool pack = p_.pack || keys_.page_size != 0;
+            const bool aligned = Operand::WIDTH == 1 || (keys_.row % 2 == 0 && reinterpret_cast<uintptr_t>(keys_.base) % 4 == 0);
+            if (!KEYS_IN_PLACE || pack || !aligned || count < MOST_ROWS) {
+                pack_keys<HEAD_K, Operand, T>([&](int64_t j) { return keys_.at(first + j); }, count,
+                                              std::max(count, MOST_ROWS), b_.keys);
+                run.keys = b_.keys;
+                run.key_stride = OPERANDS_K;
+            } else {
+                run.keys = reinterpret_cast<const Operand*>(keys_.at(first));
+                run.key_stride = keys_.row / Operand::WIDTH;
+            }
+            if (!VALUES_IN_PLACE || pack) {
+                pack_values<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, b_.values);
+                run.values = b_.values;
+                run.value_stride = HEAD_V;
+            } else {
+                run.values = reinterpret_cast<const Operand*>(values_.at(first));
+                run.value_stride = values_.row;
+            }
+            for (int64_t n = 0; n < tile_count_; ++n) attend_tile(run, tiles_[n]);
+        }
+
+        void attend_tile(const Run& whole, Tile<Operand>& t) {
+            // Only the keys that this tile can see; the cut stays on a pair of keys, and leaves enough rows for the micro-kernel.
+            Run run = whole;
+            const int64_t begin = std::max(whole.first, t.keys.any.first) / 2 * 2;
+            const int64_t end = std::min(whole.first + whole.count, t.keys.any.last + 1);
+            if (begin >= end) return;
+            run.first = std::max(whole.first, std::min(begin, whole.first + whole.count - MOST_ROWS) / 2 * 2);
+            run.count = end - run.first;
+            run.keys += (run.first - whole.first) * run.key_stride;
+            run.values += (run.first - whole.first) / Operand::WIDTH * run.value_stride;
+            switch (t.vectors) {
+                case 1: return attend_vectors<1>(run, t);
+                case 2:
+                    if constexpr (VECTORS >= 2) return attend_vectors<2>(run, t);
+                    break;
+                case 3:
+                    if constexpr (VECTORS >= 3) return attend_vectors<3>(run, t);
+                    break;
+                case 4:
+                    if constexpr (VECTORS >= 4) return attend_vectors<4>(run, t);
+                    break;
+            }
+        }
+
+        template <int NV>
+        void attend_vectors(const Run& run, Tile<Operand>& t) {
+            const Modifiers modifiers = modifiers_of(run, t);
+            for (int v = 0; v < NV; ++v) store(b_.peak + v * LANES, splat(-INFINITY_F));
+            // The micro-kernel takes at least MR rows; those past `count` exist (the run goes on, or was padded) and are not used.
+            const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
+            multiply_scores<NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+            float scale = float(p_.scale);
+            if (!modifiers.plain()) {
+                modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
+                scale = 1.0f;
+            } else if (computed > run.count) {
+                peak_of<NV>(run.count);
+            }
+            Operand* weights = reinterpret_cast<Operand*>(b_.scores);
+            online_softmax<NV>(weights, b_.scores, run.count, scale, b_.peak, t.top, t.sum, b_.rescale);
+            const int64_t depth = (run.count + Operand::WIDTH - 1) / Operand::WIDTH;
+            multiply_values<NV, HEAD_V>(depth, run.values, run.value_stride, weights, t.output, b_.rescale);
+        }
+
+        // The maximum over the first `count` keys only, where the micro-kernel went past them.
+        template <int NV>
+        void peak_of(int64_t count) {
+            for (int v = 0; v < NV; ++v) {
+                vfloat top = splat(-INFINITY_F);
+                for (int64_t j = 0; j < count; ++j) top = vmax(top, load(b_.scores + (j * NV + v) * LANES));
+                store(b_.peak + v * LANES, top);
+            }
+        }
+
+        Modifiers modifiers_of(const Run& run, Tile<Operand>& t) {
+            Modifiers m;
+            m.scale = float(p_.scale);
+            m.softcap = float(p_.softcap);
+            if (run.first < t.keys.all.first || run.first + run.count - 1 > t.keys.all.last) m.first = t.first, m.last = t.last;
+            if (f_.documents_.scattered()) m.documents = t.document, m.key_documents = f_.documents_.ids(s_.batch);
+            if (p_.alibi) m.slopes = t.slope, m.positions = t.position;
+            if (p_.bias) {
+                gather_bias(run, t);
+                m.bias = b_.bias;
+            }
+            if (p_.mask) {
+                const uint8_t* pointers[FULL];
+                lane_rows(p_.mask, p_.mask_batch, p_.mask_head, p_.mask_row, s_, rows_, t, pointers);
+                gather_lanes(pointers, t.lanes(), run.first, run.count, p_.mask_key, b_.allowed);
+                m.allowed = b_.allowed;
+            }
+            return m;
+        }
+
+        void gather_bias(const Run& run, const Tile<Operand>& t) {
+            switch (p_.bias_type) {
+                case 0: return gather_bias_as<float>(run, t);
+                case 1: return gather_bias_as<half_t>(run, t);
+                default: return gather_bias_as<bfloat_t>(run, t);
+            }
+        }
+        template <class B>
+        void gather_bias_as(const Run& run, const Tile<Operand>& t) {
+            const B* pointers[FULL];
+            lane_rows(static_cast<const B*>(p_.bias), p_.bias_batch, p_.bias_head, p_.bias_row, s_, rows_, t, pointers);
+            gather_lanes(pointers, t.lanes(), run.first, run.count, p_.bias_key, b_.bias);
+        }
+
+        void finish() {
+            for (int64_t n = 0; n < tile_count_; ++n) {
+                Tile<Operand>& t = tiles_[n];
+                float factor[FULL];
+                T* pointers[FULL];
+                for (int64_t i = 0; i < t.lanes(); ++i) factor[i] = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
+                for (int64_t i = 0; i < t.count; ++i) {
+                    pointers[i] = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, rows_, t.row + i,
+                                              p_.cu_q != nullptr);
+                    if (p_.lse) {
+                        *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, rows_, t.row + i, p_.cu_q != nullptr) =
+                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
+                    }
+                }
+                unpack_lanes<HEAD_V>(t.output, factor, t.count, t.lanes(), pointers);
+            }
+        }
+
+        const Forward& f_;
+        const Params& p_;
+        Buffers b_;
+        Tile<Operand> tiles_[MAX_TILES];
+        int64_t tile_count_ = 0;
+        Sequence s_{};
+        ItemRows rows_{};
+        RowSource<T> keys_{}, values_{};
+    };
+
+    const Params& p_;
+    Documents documents_;
+    int64_t group_, rows_per_item_;
+    std::vector<int64_t> first_item_;
+};
+
+}  // namespace attnreg

@@ -1,0 +1,59 @@
+// The arguments of a call as plain 8-byte fields, filled by params.py in this order.
+#pragma once
+#include <cstdint>
+
+namespace attnreg {
+
+// Strides are in elements. A null pointer means: not given. Lengths and tables may be int32 or int64: wide_* is 1 for int64.
+struct Params {
+    const void *q, *k, *v;
+    void* out;
+    float* lse;
+    int64_t q_batch, q_head, q_row;
+    int64_t k_batch, k_head, k_row;  // paged: k_batch is the stride between pages
+    int64_t v_batch, v_head, v_row;
+    int64_t out_batch, out_head, out_row;
+    int64_t lse_batch, lse_head, lse_row;
+
+    int64_t batch, q_heads, kv_heads, q_rows, kv_rows;  // rows: of the padded tensors; packed input has its own in cu_*
+    int64_t align;                                      // 0 bottom right, 1 top left, 2 offset
+    int64_t causal, window_left, window_right, prefix;  // windows: -1 is no bound
+    int64_t chunk;                                      // 0 is none
+    double scale, softcap;                              // softcap: 0 is off
+
+    const void *cu_q, *cu_k, *kv_lengths, *seqused, *query_offset, *prefix_lengths, *block_table;
+    int64_t wide_cu_q, wide_cu_k, wide_kv_lengths, wide_seqused, wide_query_offset, wide_prefix, wide_table;
+    int64_t page_size, table_row;  // page_size 0: not paged
+
+    const void* documents;  // [B, Skv] integers of document_width bytes
+    int64_t document_batch, document_row, document_width;
+
+    const void* bias;
+    int64_t bias_batch, bias_head, bias_row, bias_key, bias_type;  // type: 0 float32, 1 float16, 2 bfloat16
+    const uint8_t* mask;
+    int64_t mask_batch, mask_head, mask_row, mask_key;
+    const float *alibi, *sinks;  // [B or 1, Hq], [Hq]
+    int64_t alibi_batch;
+
+    // Block layout (null: none): see layout.h.
+    const int32_t *layout_offsets, *layout_columns, *layout_tiles;
+    const uint64_t* layout_bits;
+    int64_t layout_batch, layout_head, layout_block_q, layout_block_kv;
+
+    // Configuration.
+    int64_t threads, block_kv, tiles, pack, splits;
+
+    // Gradients; lse and out above are then inputs.
+    const void *d_out;
+    const float* d_lse;
+    void *d_q, *d_k, *d_v;
+    float *d_bias, *d_sinks;
+    int64_t d_out_batch, d_out_head, d_out_row;
+    int64_t d_lse_batch, d_lse_head, d_lse_row;
+};
+
+inline int64_t read_integer(const void* base, int64_t index, int64_t wide) {
+    return wide ? static_cast<const int64_t*>(base)[index] : static_cast<const int32_t*>(base)[index];
+}
+
+}  // namespace attnreg

@@ -1,0 +1,126 @@
+// Scores of one tile against one run of keys: modifiers, masks and the online softmax, all with query rows in lanes.
+#pragma once
+#include "operand.h"
+#include "vmath.h"
+
+namespace attnreg {
+
+// What happens to the scores of a tile between the two products. Null pointers: not asked for.
+struct Modifiers {
+    float scale = 1.0f;
+    float softcap = 0.0f;
+    const float* bias = nullptr;           // [key][lane]
+    const float* slopes = nullptr;         // [lane]
+    const int32_t* positions = nullptr;    // [lane]
+    const int32_t* first = nullptr;        // [lane]: keys first..last may be attended
+    const int32_t* last = nullptr;         // [lane]
+    const int32_t* documents = nullptr;    // [lane]
+    const int32_t* key_documents = nullptr;  // [key], absolute
+    const float* allowed = nullptr;        // [key][lane], 0 where masked
+    const uint64_t* bits = nullptr;        // [key][bit_words]: bit r is row r of the block
+    int64_t bit_words = 0, bit_first = 0;  // bit of lane 0
+
+    bool plain() const {
+        return softcap == 0.0f && scale > 0.0f && !bias && !slopes && !first && !documents && !allowed && !bits;
+    }
+};
+
+ATTNREG_INLINE vint absolute(vint x) { return x < 0 ? -x : x; }
+
+// Mask of the lanes whose bit is set, from the word that holds bit `at` on; `at` is a multiple of LANES, so lanes share a word.
+ATTNREG_INLINE vint bits_to_mask(const uint64_t* words, int64_t at) {
+    const int32_t bits = int32_t(words[at / 64] >> (at % 64));
+    return ((splat(bits) >> lane_index()) & 1) != 0;
+}
+
+// Applies everything in order scale, softcap, bias, ALiBi, mask; leaves -inf where masked and the maximum of each lane in `peak`.
+template <int NV>
+void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* scores, float* peak) {
+    const vfloat scale = splat(m.scale), cap = splat(m.softcap), inverse_cap = splat(m.softcap > 0 ? 1.0f / m.softcap : 0.0f);
+    const vfloat masked = splat(-INFINITY_F);
+    for (int v = 0; v < NV; ++v) {
+        vfloat top = masked;
+        vint low{}, high{}, document{}, position{};
+        vfloat slope{};
+        if (m.first) low = load(m.first + v * LANES), high = load(m.last + v * LANES);
+        if (m.documents) document = load(m.documents + v * LANES);
+        if (m.slopes) slope = load(m.slopes + v * LANES), position = load(m.positions + v * LANES);
+        for (int64_t j = 0; j < count; ++j) {
+            const int64_t at = (j * NV + v) * LANES;
+            const int32_t key = int32_t(first_key + j);
+            vfloat x = load(scores + at) * scale;
+            if (m.softcap > 0) x = cap * vtanh(x * inverse_cap);
+            if (m.bias) x += load(m.bias + at);
+            if (m.slopes) x -= slope * __builtin_convertvector(absolute(position - key), vfloat);
+            if (m.first) x = select((low <= key) & (high >= key), x, masked);
+            if (m.documents) x = select(document == m.key_documents[key], x, masked);
+            if (m.allowed) x = select(load(m.allowed + at) != 0.0f, x, masked);
+            if (m.bits) x = select(bits_to_mask(m.bits + j * m.bit_words, m.bit_first + v * LANES), x, masked);
+            store(scores + at, x);
+            top = vmax(top, x);
+        }
+        store(peak + v * LANES, top);
+    }
+}
+
+ATTNREG_INLINE void store_weights(Single* out, int64_t at, vfloat weight) { std::memcpy(out + at, &weight, sizeof(weight)); }
+
+// Turns scores into weights exp(score * scale - maximum), in place, and brings maximum, sum and the factor for what was summed before
+// up to date. A lane that has met nothing yet keeps maximum -inf and weights 0.
+template <int NV>
+void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
+                    float* rescale) {
+    vfloat base[NV], total[NV];
+    const vfloat factor = splat(scale);
+    for (int v = 0; v < NV; ++v) {
+        const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
+        base[v] = select(now == splat(-INFINITY_F), zero(), now);
+        const vfloat shrink = vexp(before - base[v]);
+        store(top + v * LANES, now);
+        store(rescale + v * LANES, shrink);
+        total[v] = shrink * load(sum + v * LANES);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            const int64_t at = (j * NV + v) * LANES;
+            const vfloat weight = vexp(fma(load(scores + at), factor, -base[v]));
+            total[v] += weight;
+            store_weights(weights, at, weight);
+        }
+    }
+    for (int v = 0; v < NV; ++v) store(sum + v * LANES, total[v]);
+}
+
+#if defined(ATTNREG_HAS_PAIRS)
+// The same with weights rounded to pairs along the keys; the sum is of the unrounded ones.
+template <int NV>
+void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
+                    float* rescale) {
+    vfloat base[NV], total[NV];
+    const vfloat factor = splat(scale);
+    for (int v = 0; v < NV; ++v) {
+        const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
+        base[v] = select(now == splat(-INFINITY_F), zero(), now);
+        const vfloat shrink = vexp(before - base[v]);
+        store(top + v * LANES, now);
+        store(rescale + v * LANES, shrink);
+        total[v] = shrink * load(sum + v * LANES);
+    }
+    for (int64_t j = 0; j < count; j += 2) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            const int64_t at = (j * NV + v) * LANES;
+            const vfloat first = vexp(fma(load(scores + at), factor, -base[v]));
+            const vfloat second =
+                j + 1 < count ? vexp(fma(load(scores + at + NV * LANES), factor, -base[v])) : zero();
+            total[v] += first + second;
+            const vint pair = make_pairs(first, second);
+            std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
+        }
+    }
+    for (int v = 0; v < NV; ++v) store(sum + v * LANES, total[v]);
+}
+#endif
+
+}  // namespace attnreg
