@@ -1,0 +1,78 @@
+"""Make a Call out of the tensors of one, in layout bhsd, and its frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from attnreg import AttentionSpec
+from attnreg_eager.chunks import Call
+from attnreg_eager.dropout import Keep, draw_seed, keeps, keeps_traced
+from attnreg_eager.frame import Frame
+from attnreg_eager.keys import Scales
+from attnreg_eager.tile import Tile
+
+__all__ = ["compute_dtype", "full_rank", "keep_of", "make_call", "traced"]
+
+
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def make_call(
+    frame: Frame,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    longest: int,
+    keep: Callable[[int], Keep] | None,
+    table: Tensor | None = None,
+) -> Call:
+    """The call of `frame`; `longest` counts the keys of the longest sequence, which block scales cut."""
+    spec, tensors = frame.spec, frame.tensors
+    dtype = compute_dtype(q)
+    weight, sinks = tensors.get("score_weight"), tensors.get("sinks")
+    return Call(
+        tile=Tile(spec, Scales.of(spec, tensors, longest), dtype, spec.score.factor(q.shape[-1])),
+        frame=frame,
+        q=q,
+        k=k,
+        v=v,
+        table=table,
+        bias=bias,
+        weight=None if weight is None else weight.to(dtype),
+        sinks=None if sinks is None else sinks.to(dtype).view(1, -1, 1),
+        keep=keep,
+    )
+
+
+def keep_of(spec: AttentionSpec, tensors: Any, device: torch.device, tracing: bool) -> Callable[[int], Keep] | None:
+    """Where the dropout masks of a call come from; None without dropout."""
+    if not spec.dropout_p:
+        return None
+    generator = tensors.get("generator")
+    if tracing:
+        return keeps_traced(spec.dropout_p, device, generator)
+    return keeps(draw_seed(generator), spec.dropout_p, device)
+
+
+def full_rank(bias: Tensor | None) -> Tensor | None:
+    """The bias with all four dimensions."""
+    return None if bias is None else bias[(None,) * (4 - bias.dim())]
+
+
+def traced(*xs: Tensor) -> bool:
+    """Is a graph being captured, so that values cannot be read and sizes may be symbols?"""
+    if torch.compiler.is_compiling():
+        return True
+    return any(
+        isinstance(x, (FakeTensor, FunctionalTensor)) or any(isinstance(n, torch.SymInt) for n in x.shape) for x in xs
+    )

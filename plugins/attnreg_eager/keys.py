@@ -1,0 +1,88 @@
+"""Read chunks of keys and values, from contiguous tensors or from a paged cache, with their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import AttentionSpec, block_of, masks
+from attnreg_eager.frame import Frame
+
+__all__ = ["Load", "Scales", "contiguous_chunks", "paged_chunks", "split"]
+
+Load = Callable[[], tuple[Tensor, Tensor]]
+
+
+def split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """`x.split`, without a node in the graph where one part holds all."""
+    return (x,) if size >= x.shape[dim] else torch.split(x, size, dim)
+
+
+def contiguous_chunks(k: Tensor, v: Tensor, size: int) -> list[Load]:
+    """Loaders of [B, Hkv, size, D] chunks of k and v [B, Hkv, Skv, D]."""
+    pairs = zip(split(k, size, 2), split(v, size, 2), strict=True)
+    return [lambda pair=pair: pair for pair in pairs]  # type: ignore[misc]  # mypy takes no lambda defaults
+
+
+def paged_chunks(k: Tensor, v: Tensor, table: Tensor, size: int) -> list[Load]:
+    """Loaders of [B, Hkv, size, D] chunks gathered from pages [pages, Hkv, page_size, D] by table [B, P].
+
+    `size` is a multiple of the page size. Entries below 0 are unused and read page 0: such keys are masked.
+    """
+
+    def gather(pages: Tensor, at: Tensor) -> Tensor:
+        batch, count = at.shape
+        # Gathered by bytes where the dtype is float8, whose index kernels are missing on some devices.
+        raw = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+        rows = raw[at] if raw.shape[0] else raw.new_zeros((batch, count, *raw.shape[1:]))
+        return rows.transpose(1, 2).reshape(batch, pages.shape[1], -1, pages.shape[-1]).view(pages.dtype)
+
+    def load(at: Tensor) -> Load:
+        return lambda: (gather(k, at), gather(v, at))
+
+    return [load(at) for at in split(table.to(torch.int64).clamp(min=0), size // k.shape[2], 1)]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Descales of quantised q, k and v, looked up for the rows and keys of a tile.
+
+    kv_block: keys a scale of k and v under scaling="block".
+    """
+
+    tensors: Mapping[str, Any]
+    scaling: str
+    kv_block: int = 1
+
+    @staticmethod
+    def of(spec: AttentionSpec, tensors: Mapping[str, Any], skv: int) -> Scales:
+        """`skv`: keys of the longest sequence, which the blocks of scaling="block" cut."""
+        scale = tensors.get("k_descale")
+        block = 1
+        if scale is not None and spec.dtype.scaling == "block":
+            block = spec.page_size or block_of(skv, scale.shape[-1])
+        return Scales(tensors, spec.dtype.scaling, block)
+
+    def rows(self, at: Frame, dtype: torch.dtype) -> Tensor | None:
+        """Factors of q that broadcast to [B, Hq, Sq, 1]; None where q is not quantised."""
+        scale: Tensor | None = self.tensors.get("q_descale")
+        if scale is None:
+            return None
+        if self.scaling == "tensor":
+            return scale.to(dtype).reshape(1, 1, 1, 1)
+        return masks.take(scale.to(dtype), at.bq, at.kv_head)
+
+    def keys(self, name: str, at: Frame, dtype: torch.dtype) -> Tensor | None:
+        """Factors of k or v ("k_descale", "v_descale") that broadcast to [B, Hq, 1, Skv]; None where there are none."""
+        scale: Tensor | None = self.tensors.get(name)
+        if scale is None:
+            return None
+        if self.scaling == "tensor":
+            return scale.to(dtype).reshape(1, 1, 1, 1)
+        if self.scaling == "head":
+            return masks.take(scale.to(dtype), at.bk, at.kv_head)
+        return masks.take(scale.to(dtype), at.bk, at.kv_head, at.j // self.kv_block)

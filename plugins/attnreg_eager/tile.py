@@ -1,0 +1,138 @@
+"""One tile of attention: scores of some rows and keys, mask, exponentials, and the product with the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import AttentionSpec, masks, scores
+from attnreg_eager.frame import Frame
+from attnreg_eager.keys import Scales
+
+__all__ = ["Part", "Tile", "finish", "merge"]
+
+Keep = Callable[[tuple[int, ...]], Tensor]
+Part = tuple[Tensor, Tensor, Tensor]
+"""(acc [B, Hq, Sq, Dv], total [B, Hq, Sq], top [B, Hq, Sq]): sums of exp(s - top) v and of exp(s - top).
+
+top carries no gradient."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a tile needs besides its rows and keys.
+
+    dtype: of the computation. weight: the score's weight, cut to the tile's heads. dropout: draws the keep mask
+    of a shape, or None.
+    """
+
+    spec: AttentionSpec
+    scales: Scales
+    dtype: torch.dtype
+    factor: float
+    weight: Tensor | None = None
+    dropout: Keep | None = None
+
+    def part(self, at: Frame, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Part:
+        """The tile's share of the softmax, for q [B, Hq, sq, D], k and v [B, Hkv, skv, D]."""
+        dtype, spec = self.dtype, self.spec
+        live = at.live()
+        if bias is not None:
+            bias = bias.to(dtype)
+            # A bias of -inf is a mask: as one, it leaves no inf - inf behind, whatever the key holds.
+            said = bias != -torch.inf
+            live = said if live is None else live & said
+        s = self._scores(at, q.to(dtype), k.to(dtype))
+        if live is not None:
+            # Before softcap: a masked overflow would come back as 0 * NaN in the backward of tanh.
+            s = torch.where(live, s, 0.0)
+        if spec.softcap:
+            s = spec.softcap * torch.tanh(s / spec.softcap)
+        if bias is not None:
+            s = s + torch.where(said, bias, 0.0)
+        if spec.alibi:
+            slopes = masks.take(at.tensors["alibi_slopes"].to(dtype), at.bq, at.h)
+            s = s - slopes * (at.p - at.j).abs().to(dtype)
+        if live is not None:
+            s = torch.where(live, s, -torch.inf)
+        top = s.detach().amax(-1) if s.shape[-1] else s.detach().new_full(s.shape[:-1], -torch.inf)
+        p = torch.exp(s - _finite(top).unsqueeze(-1))
+        if live is not None:
+            # By where, not by multiplying: dP of a masked key may be anything, even inf.
+            p = torch.where(live, p, 0.0)
+        total = p.sum(-1)
+        if self.dropout is not None:
+            p = torch.where(self.dropout(tuple(p.shape)), p / (1 - spec.dropout_p), 0.0)
+        scale = self.scales.keys("v_descale", at, dtype)
+        if scale is not None:
+            p = p * scale
+        return _by_kv_head(p, v.to(dtype)), total, top
+
+    def _scores(self, at: Frame, q: Tensor, k: Tensor) -> Tensor:
+        """Raw scores [B, Hq, sq, skv] of q [B, Hq, sq, Dq] and k [B, Hkv, skv, Dk], scaled."""
+        rows = self.scales.rows(at, self.dtype)
+        if rows is not None:
+            q = q * rows
+        columns = self.scales.keys("k_descale", at, self.dtype)
+        if isinstance(self.spec.score, scores.Additive):
+            return self._additive(at, q, k, columns)
+        if self.weight is not None:
+            q = q @ self.weight
+        if self.factor != 1.0:
+            q = q * self.factor
+        s = _by_kv_head(q, k.mT)
+        # On the scores, not on k: a stale scale times a stale key may overflow, and the scores get masked.
+        return s if columns is None else s * columns
+
+    def _additive(self, at: Frame, q: Tensor, k: Tensor, columns: Tensor | None) -> Tensor:
+        if self.weight is None:
+            raise AssertionError("an additive score has a weight")
+        keys = k.repeat_interleave(at.group, 1) if at.group > 1 else k
+        if columns is not None:
+            keys = keys * columns.mT
+        hidden = torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2))
+        return (hidden @ self.weight.view(1, -1, 1, hidden.shape[-1], 1)).squeeze(-1)
+
+
+def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, Hq, n, m] @ y [B, Hkv, m, o] -> [B, Hq, n, o], where the heads of a group share one y unrepeated."""
+    batch, q_heads, n, m = x.shape
+    kv_heads = y.shape[1]
+    if q_heads == kv_heads:
+        return x @ y
+    out = x.reshape(batch, kv_heads, (q_heads // kv_heads) * n, m) @ y
+    return out.reshape(batch, q_heads, n, y.shape[-1])
+
+
+def _finite(top: Tensor) -> Tensor:
+    """The shift of the exponentials: 0 for a row without keys, so that -inf - (-inf) never happens."""
+    return torch.where(top == -torch.inf, 0.0, top)
+
+
+def merge(a: Part, b: Part) -> Part:
+    """The share of two disjoint sets of keys (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
+    top = torch.maximum(a[2], b[2])
+    wa, wb = torch.exp(a[2] - _finite(top)), torch.exp(b[2] - _finite(top))
+    return a[0] * wa.unsqueeze(-1) + b[0] * wb.unsqueeze(-1), a[1] * wa + b[1] * wb, top
+
+
+def finish(part: Part, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Sq, Dv] and lse [B, Hq, Sq] of a part that saw every key; sinks [1, Hq, 1] join the total."""
+    acc, total, top = part
+    if sinks is not None:
+        new = torch.maximum(top, sinks.detach())
+        shrink = torch.exp(top - _finite(new))
+        acc, total, top = acc * shrink.unsqueeze(-1), total * shrink + torch.exp(sinks - _finite(new)), new
+    none = total == 0
+    safe = torch.where(none, 1.0, total)
+    lse = torch.where(none, -torch.inf, _finite(top) + torch.log(safe))
+    return acc / safe.unsqueeze(-1), lse
+
+
+def any_grad(*xs: Any) -> bool:
+    """Does anything here need a gradient?"""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in xs)
