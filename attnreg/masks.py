@@ -244,7 +244,7 @@ class PrefixLM(Mask):
         return frozenset() if self.length is not None else frozenset({"prefix_lengths"})
 
     def allows(self, c: Coords) -> Tensor:
-        length = c.tensors["prefix_lengths"][c.b] if self.length is None else self.length
+        length: Tensor | int = c.tensors["prefix_lengths"][c.b] if self.length is None else self.length
         return (c.j < length) | (c.j <= c.p)
 
 
@@ -304,7 +304,7 @@ class Global(Mask):
 
     def allows(self, c: Coords) -> Tensor:
         if self.tokens is None:
-            table = c.tensors["global_mask"]
+            table: Tensor = c.tensors["global_mask"]
             size = table.shape[-1]
             at_query = table[c.b, c.p.clamp(0, size - 1)] & (c.p >= 0) & (c.p < size)
             return at_query | table[c.b, c.j]
@@ -326,7 +326,7 @@ class Document(Mask):
     def allows(self, c: Coords) -> Tensor:
         if c.packed:
             return Full().allows(c)
-        table = c.tensors["document_ids"]
+        table: Tensor = c.tensors["document_ids"]
         size = table.shape[-1]
         same = table[c.b, c.p.clamp(0, size - 1)] == table[c.b, c.j]
         return same & (c.p >= 0) & (c.p < size)
@@ -342,7 +342,8 @@ class Padding(Mask):
         return frozenset({"kv_lengths"})
 
     def allows(self, c: Coords) -> Tensor:
-        return c.j < c.tensors["kv_lengths"][c.b]
+        lengths: Tensor = c.tensors["kv_lengths"]
+        return c.j < lengths[c.b]
 
 
 @dataclass(frozen=True)

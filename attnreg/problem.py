@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -36,7 +36,11 @@ class Problem:
     Sizes are ints; sq and skv are bounds on the longest sequence under layout thd, total_q and total_k its
     packed rows, pages the pages of a paged cache (0 elsewhere). Dtypes are torch's names without the prefix.
     strides: one class each for q, k, v (see `stride_class`). grads: the names that need a gradient.
-    square: sq == skv. device: "cpu" or "cuda" (HIP devices are "cuda" to torch).
+    square: sq == skv. traced: under torch.compile, torch.export or a torch.func transform; sizes may then be
+    symbolic at run time, so `run` serves every size and reads no value. device: "cpu", or "cuda" (HIP
+    devices are "cuda" to torch).
+
+    A backend is asked about the bucket, whose sizes are rounded up: read `square`, not sq == skv.
     """
 
     spec: AttentionSpec
@@ -58,10 +62,24 @@ class Problem:
     tensors: tuple[TensorInfo, ...] = ()
     grads: frozenset[str] = frozenset()
     square: bool = False
+    traced: bool = False
 
     @staticmethod
-    def of(spec: AttentionSpec, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Problem:
-        """The problem of a call whose sizes `validate.check` returned."""
+    def of(
+        spec: AttentionSpec,
+        sizes: Sizes,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensors: Mapping[str, Any],
+        *,
+        traced: bool = False,
+        hint: Callable[[Any], int] | None = None,
+    ) -> Problem:
+        """The problem of a call whose sizes `validate.check` returned.
+
+        hint: turns a symbolic size into a number without a guard, under tracing.
+        """
         named = {name: x for name, x in sorted(tensors.items()) if isinstance(x, Tensor)}
         grads: set[str] = set()
         if torch.is_grad_enabled():
@@ -73,12 +91,14 @@ class Problem:
             dtype=_name(q.dtype),
             kv_dtype=_name(k.dtype),
             device=q.device.type,
-            strides=(stride_class(q), stride_class(k), stride_class(v)),
+            strides=(stride_class(q, hint), stride_class(k, hint), stride_class(v, hint)),
             tensors=tuple(
-                TensorInfo(n, _name(x.dtype), tuple(1 if d == 1 else 0 for d in x.shape)) for n, x in named.items()
+                TensorInfo(n, _name(x.dtype), tuple(1 if d == 1 else 0 for d in _ints(x.shape, hint)))
+                for n, x in named.items()
             ),
             grads=frozenset(grads),
-            square=bool(sizes.sq == sizes.skv),
+            square=sizes.sq == sizes.skv,
+            traced=traced,
         )
 
     @property
@@ -178,13 +198,29 @@ def bucket_size(n: int) -> int:
     return n if n <= 1 else 1 << (n - 1).bit_length()
 
 
-def stride_class(x: Tensor) -> str:
+def stride_class(x: Tensor, hint: Callable[[Any], int] | None = None) -> str:
     """contiguous; rows (last dimension dense, others any); expanded (a stride 0 over a size > 1); or strided."""
-    if x.is_contiguous():
+    if hint is None and x.is_contiguous():
         return "contiguous"
-    if any(st == 0 and n > 1 for st, n in zip(x.stride(), x.shape, strict=True)):
+    dims = [(n, st) for n, st in zip(_ints(x.shape, hint), _ints(x.stride(), hint), strict=True) if n != 1]
+    if any(st == 0 for _, st in dims):
         return "expanded"
-    return "rows" if x.stride(-1) == 1 or x.shape[-1] == 1 else "strided"
+    if hint is not None and _is_dense(dims):
+        return "contiguous"
+    return "rows" if not dims or x.shape[-1] == 1 or dims[-1][1] == 1 else "strided"
+
+
+def _is_dense(dims: list[tuple[int, int]]) -> bool:
+    step = 1
+    for n, st in reversed(dims):
+        if st != step:
+            return False
+        step *= n
+    return True
+
+
+def _ints(values: Iterable[Any], hint: Callable[[Any], int] | None) -> tuple[int, ...]:
+    return tuple(values) if hint is None else tuple(hint(value) for value in values)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -62,7 +62,11 @@ def check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     sizes = _sizes(spec, q, k, v, tensors)
     _check_heads(spec, sizes)
     for name, value in tensors.items():
-        if value is None or name in ("max_seqlen_q", "max_seqlen_k", "generator"):
+        if value is None or name in ("max_seqlen_q", "max_seqlen_k"):
+            continue
+        if name == "generator":
+            if not isinstance(value, torch.Generator):
+                raise DtypeError(name, f"expected a torch.Generator, got {_said(value)}")
             continue
         _check_one(spec, sizes, name, _tensor(name, value), q)
     for name, x in (("k", k), ("v", v), *tensors.items()):
@@ -212,7 +216,7 @@ def _longest(side: str, cu: Tensor, given: object, total: int) -> int:
             raise DtypeError(name, f"expected an int, got {_said(given)}")
         if given < 0:
             raise ShapeError(name, f"expected a length >= 0, got {given}")
-        return int(given) if isinstance(given, int) else given
+        return given  # type: ignore[return-value]  # a SymInt stands for an int under tracing
     if readable(cu) and cu.numel() > 1:
         return max(int((cu[1:] - cu[:-1]).max()), 0)
     return total

@@ -1,0 +1,247 @@
+"""Registry: load plugins one by one, validate what they give, keep what failed with its cause."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+import re
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+
+from attnreg import hookspecs
+from attnreg.backend import Backend, Finding
+from attnreg.errors import PluginError, UnknownBackendError
+from attnreg.hardware import Hardware
+
+__all__ = ["Entry", "Failure", "Registry", "current", "on_change", "reload", "using"]
+
+GROUP = "attnreg"
+OWN = "attnreg"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A loaded backend and where it came from."""
+
+    backend: Backend
+    plugin: str
+    origin: str
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin, or one thing that it gave, that was set aside: who, at which step, why, and the traceback."""
+
+    plugin: str
+    origin: str
+    step: str
+    reason: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin that loaded: its module or object, called hook by hook in isolation."""
+
+    name: str
+    origin: str
+    manager: pluggy.PluginManager
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What was loaded: backends by name, plugins, plugin records (raw), and failures. Frozen once built."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    plugins: tuple[Plugin, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    blocked: tuple[str, ...] = ()
+    records: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    def get(self, name: str) -> Entry:
+        """The backend of that name. Raises UnknownBackendError that tells what is loaded, blocked or failed."""
+        if name in self.entries:
+            return self.entries[name]
+        text = f"no backend is named {name!r}; loaded: {', '.join(sorted(self.entries)) or 'none'}"
+        if name in self.blocked:
+            text += f"; {name!r} is blocked by ATTNREG_BLOCK"
+        for failure in self.failures:
+            text += f"; plugin {failure.plugin!r} was set aside at {failure.step}: {failure.reason}"
+        raise UnknownBackendError(text)
+
+    def findings(self, hardware: Hardware) -> list[tuple[str, Finding]]:
+        """What each plugin's `attnreg_doctor` says; one that raises is itself a finding."""
+        out: list[tuple[str, Finding]] = []
+        for plugin in self.plugins:
+            try:
+                for found in _flat(plugin.manager.hook.attnreg_doctor(hardware=hardware)):
+                    if not isinstance(found, Finding):
+                        raise PluginError(f"attnreg_doctor must give attnreg.Finding, got {found!r}")
+                    out.append((plugin.name, found))
+            except Exception as error:
+                out.append((plugin.name, Finding("attnreg_doctor", False, _short(error), "report it to the plugin")))
+        return out
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Registry:
+    """Load every entry point of group `attnreg`, and the modules that ATTNREG_PLUGINS names.
+
+    Our own plugins come first, so that no other can take their names; the rest is sorted, since entry-point
+    order is the file system's. ATTNREG_BLOCK names plugins or backends to leave out.
+    """
+    blocked = tuple(filter(None, re.split(r"[,\s]+", environ.get("ATTNREG_BLOCK", ""))))
+    build = _Builder(blocked)
+    for name, origin, loader in _sources(environ):
+        if name not in blocked:
+            build.add(name, origin, loader)
+    return Registry(build.entries, tuple(build.plugins), tuple(build.failures), blocked, tuple(build.records))
+
+
+def _sources(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    points = []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        dist = point.dist
+        own = dist is not None and dist.name == OWN
+        origin = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
+        points.append((not own, point.name, origin, point))
+    seen = set()
+    for _, name, origin, point in sorted(points, key=lambda p: p[:3]):
+        if (name, point.value) not in seen:  # an editable install can list itself twice
+            seen.add((name, point.value))
+            yield name, origin, point.load
+    for module in filter(None, re.split(r"[,\s]+", environ.get("ATTNREG_PLUGINS", ""))):
+        yield module, "ATTNREG_PLUGINS", functools.partial(importlib.import_module, module)
+
+
+class _Builder:
+    """Collects what loads and what fails, one plugin at a time."""
+
+    def __init__(self, blocked: tuple[str, ...]) -> None:
+        self.blocked = blocked
+        self.entries: dict[str, Entry] = {}
+        self.plugins: list[Plugin] = []
+        self.failures: list[Failure] = []
+        self.records: list[tuple[str, Mapping[str, Any]]] = []
+
+    def add(self, name: str, origin: str, loader: Callable[[], object]) -> None:
+        step = "import"
+        try:
+            plugin = loader()
+            step = "registration"
+            manager = _manager(name, plugin)
+            step = "attnreg_backends"
+            backends = _flat(manager.hook.attnreg_backends())
+            step = "attnreg_records"
+            records = _flat(manager.hook.attnreg_records())
+        except (Exception, SystemExit) as error:
+            self.failures.append(Failure(name, origin, step, _short(error), traceback.format_exc()))
+            return
+        self.plugins.append(Plugin(name, origin, manager))
+        for backend in backends:
+            reason = self._wrong(backend)
+            if reason:
+                self.failures.append(Failure(name, origin, "attnreg_backends", reason))
+            elif backend.name not in self.blocked:
+                self.entries[backend.name] = Entry(backend, name, origin)
+        for record in records:
+            if isinstance(record, Mapping):
+                self.records.append((name, record))
+            else:
+                self.failures.append(
+                    Failure(name, origin, "attnreg_records", f"expected records as plain dicts, got {record!r}")
+                )
+
+    def _wrong(self, backend: object) -> str:
+        """Why this is no backend, or none under this name; empty if all is well."""
+        name, version = getattr(backend, "name", None), getattr(backend, "version", None)
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            return f"a backend needs a lower-case name such as 'my_flash', got {name!r} from {backend!r}"
+        if not isinstance(version, str) or not version:
+            return f"backend {name!r} needs a version, a string that changes with its kernels, got {version!r}"
+        missing = [m for m in ("supports", "space", "prepare") if not callable(getattr(backend, m, None))]
+        if missing or isinstance(backend, type):
+            what = "is a class; give an instance" if isinstance(backend, type) else f"lacks {', '.join(missing)}"
+            return f"backend {name!r} {what}"
+        taken = self.entries.get(name)
+        return f"the name {name!r} is taken by plugin {taken.plugin!r} ({taken.origin})" if taken else ""
+
+
+def _manager(name: str, plugin: object) -> pluggy.PluginManager:
+    """A manager of its own for each plugin, so that a broken one cannot disturb another."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    manager.register(plugin, name)
+    manager.check_pending()  # finds hooks that do not exist, which are misspelt ones
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(
+            "implements no hook: mark functions named attnreg_backends, attnreg_records or attnreg_doctor "
+            "with @attnreg.hookimpl"
+        )
+    return manager
+
+
+def _flat(results: Iterable[Iterable[Any] | None]) -> list[Any]:
+    return [item for result in results if result is not None for item in result]
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_lock = threading.RLock()
+_registry: Registry | None = None
+_listeners: list[Callable[[], None]] = []
+
+
+def current() -> Registry:
+    """The registry in force; plugins are loaded at the first call."""
+    global _registry
+    if _registry is None:
+        with _lock:
+            if _registry is None:
+                _registry = load()
+    return _registry
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call `listener` whenever another registry comes into force: what was derived from the old one is void."""
+    _listeners.append(listener)
+
+
+def _install(registry: Registry | None) -> None:
+    global _registry
+    with _lock:
+        _registry = registry
+    for listener in _listeners:
+        listener()
+
+
+def reload() -> Registry:
+    """Forget what is loaded and load again; modules that Python has imported stay imported."""
+    _install(None)
+    return current()
+
+
+@contextlib.contextmanager
+def using(registry: Registry) -> Iterator[Registry]:
+    """Put another registry in force, for tests and tools. Applies to the whole process, not to one thread."""
+    before = _registry
+    _install(registry)
+    try:
+        yield registry
+    finally:
+        _install(before)

@@ -1,0 +1,74 @@
+"""Tracing: is this call traced, what its symbolic sizes stand for, and how torch.compile sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from attnreg.validate import Sizes
+
+__all__ = ["concrete", "hint", "is_traced", "opaque", "same", "transform"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _no_transform() -> None:
+    return None
+
+
+transform: Callable[[], object | None] = getattr(torch._C._functorch, "peek_interpreter_stack", _no_transform)
+"""The innermost torch.func transform (vmap, grad, jvp) in force, or None."""
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Is the call traced by torch.compile, torch.export or make_fx, or inside a torch.func transform?
+
+    Then tensors hold no data to read, or more than they show, and sizes may be symbolic.
+    """
+    if transform() is not None:
+        return True
+    return any(_symbolic(x) or is_fake(x) for x in tensors)
+
+
+def _symbolic(x: Tensor) -> bool:
+    return type(x) not in (Tensor, torch.nn.Parameter) and any(isinstance(n, torch.SymInt) for n in x.shape)
+
+
+def concrete(sizes: Sizes) -> Sizes:
+    """The sizes with each symbolic one replaced by its hint, without a guard: a choice must not recompile.
+
+    A size without a hint (data-dependent) counts as 8192, torch's own fallback for such sizes.
+    """
+    values: dict[str, Any] = {f.name: hint(getattr(sizes, f.name)) for f in fields(Sizes)}
+    return replace(sizes, **values)
+
+
+def hint(size: Any) -> int:
+    """What a size stands for: itself, or a symbolic size's example value. Never adds a guard."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if size.node.has_hint():
+        return int(size.node.hint)
+    return 8192
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two sizes equal whatever the symbols stand for? Never adds a guard."""
+    if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
+        return bool(a == b)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def opaque(function: F) -> F:
+    """Let Dynamo put the call into its graph unseen; AOTAutograd then traces through what was chosen.
+
+    So the decision, plain Python over sizes and tables, is taken once at trace time and leaves no guard.
+    """
+    return torch._dynamo.nonstrict_trace(function)  # type: ignore[return-value]  # the wrapper keeps the signature
