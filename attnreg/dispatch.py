@@ -20,7 +20,7 @@ from attnreg.decide import Decision, decide
 from attnreg.errors import InputError, SpecError, UnsupportedError
 from attnreg.hardware import detect
 from attnreg.modes import checking
-from attnreg.problem import Problem
+from attnreg.problem import Problem, bucket_size
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
 from attnreg.tracing import concrete, hint, is_traced, opaque, same, transform
@@ -40,17 +40,19 @@ _autocast_on: Callable[[], bool] = getattr(
 
 
 class HotTable:
-    """What past calls decided, in two tables: by exact signature (one dict hit a call) and by bucket.
+    """What past calls decided, in three tables.
 
-    An exact signature is checked once; its entry holds the prepared callable and, where a call carries integer
-    tensors whose values can be wrong, the sizes to check them against. Growing lengths miss the first table
-    and hit the second. `misses` counts decisions.
+    exact: by the whole signature, one dict hit a call. A signature is checked once; its entry holds the prepared
+    callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
+    growing: by the signature less the KV length, whose bucket stands for it: a decode step, without a new check.
+    buckets: by the problem's bucket, with the decision; `misses` counts what was not found even there.
     """
 
     EXACT_LIMIT = 8192
 
     def __init__(self) -> None:
         self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
+        self.growing: dict[Any, Run] = {}
         self.buckets: dict[Any, tuple[Run, Decision]] = {}
         self.locks: dict[Any, threading.Lock] = {}
         self.guard = threading.Lock()
@@ -63,7 +65,7 @@ class HotTable:
 
     def remember(self, key: Any, run: Run, sizes: Sizes | None) -> None:
         if len(self.exact) >= self.EXACT_LIMIT:
-            self.exact = {}
+            self.exact, self.growing = {}, {}
         self.exact[key] = (run, sizes)
 
 
@@ -119,6 +121,11 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
         if sizes is not None:
             check_values(spec, sizes, tensors)
         return run(q, k, v, **tensors)
+    if not tensors and isinstance(k, Tensor) and isinstance(v, Tensor) and not is_traced(q, k, v):
+        longer = _hot.growing.get(_growing_key(spec, q, k, v))
+        if longer is not None:
+            _hot.remember(_exact_key(spec, q, k, v, tensors), longer, None)
+            return longer(q, k, v)
     return _slow(spec, q, k, v, tensors)
 
 
@@ -128,6 +135,23 @@ def _exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Ma
         spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
         _forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
+    )  # fmt: skip
+
+
+def _growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The exact key with the bucket of Skv for Skv; None where a longer Skv needs a check of its own."""
+    if spec.layout == "thd" or spec.page_size is not None or k.dim() != 4 or v.dim() != 4:
+        return None
+    axis = 1 if spec.layout == "bshd" else 2
+    a, b = k.shape, v.shape
+    n = a[axis]
+    if b[axis] != n:
+        return None
+    return (
+        spec, q.shape, a[:axis], a[axis + 1 :], b[:axis], b[axis + 1 :], bucket_size(n), n == q.shape[axis], q.stride(),
+        k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
+        _forced.get(), _autocast_on(),
     )  # fmt: skip
 
 
@@ -159,6 +183,8 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
         run, out = _first_call(problem, lambda run: run(q, k, v, **tensors))
     if not traced and _stable(spec, tensors):
         _hot.remember(_exact_key(spec, q, k, v, tensors), run, watched)
+        if not tensors and (key := _growing_key(spec, q, k, v)) is not None:
+            _hot.growing[key] = run
     return out
 
 

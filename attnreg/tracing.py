@@ -17,6 +17,10 @@ __all__ = ["concrete", "hint", "is_traced", "opaque", "same", "transform"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types that hold data of their own; whatever traces brings a subclass."""
+
+
 def _no_transform() -> None:
     return None
 
@@ -32,11 +36,11 @@ def is_traced(*tensors: Tensor) -> bool:
     """
     if transform() is not None:
         return True
-    return any(_symbolic(x) or is_fake(x) for x in tensors)
+    return any(type(x) not in PLAIN and (is_fake(x) or _symbolic(x)) for x in tensors)
 
 
 def _symbolic(x: Tensor) -> bool:
-    return type(x) not in (Tensor, torch.nn.Parameter) and any(isinstance(n, torch.SymInt) for n in x.shape)
+    return any(isinstance(n, torch.SymInt) for n in x.shape)
 
 
 def concrete(sizes: Sizes) -> Sizes:
