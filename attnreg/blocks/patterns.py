@@ -1,0 +1,129 @@
+"""Analysis of block sparsity patterns, whose blocks need not be the layout's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnreg import sparsity as s
+from attnreg.blocks.analysis import Analysis, Context, decided
+from attnreg.blocks.grid import Grid
+from attnreg.blocks.intervals import Ints, ragged, sweep
+from attnreg.blocks.tables import runs
+from attnreg.masks import Coords
+
+__all__ = ["analyse_pattern", "pattern_allows"]
+
+
+def analyse_pattern(pattern: s.Sparsity, at: Context) -> Analysis | None:
+    """The analysis of a block pattern; None where it allows everything."""
+    if isinstance(pattern, s.Dense):
+        return None
+    if isinstance(pattern, s.Blocks):
+        return _grouped(at.grid, at.grid.i0, pattern.block_q, _listed(pattern, at))
+    if isinstance(pattern, s.BigBird):
+        return _grouped(at.grid, at.grid.p0, pattern.block, _bigbird(pattern, at.grid))
+    if isinstance(pattern, s.Strided):
+        return _grouped(at.grid, at.grid.p0, pattern.block, _strided(pattern, at.grid))
+    return decided(at.grid.universe, at.grid.empty())
+
+
+Pieces = tuple[Ints, Ints, Ints]
+"""(which piece, first key, end) of the intervals of pieces: a piece is one pattern row of one line."""
+
+
+def _grouped(grid: Grid, first: Ints, block: int, keys_of: Callable[[Ints, Ints], Pieces]) -> Analysis:
+    """may: in any pattern row that the line meets; must: in all of them."""
+    line, row, count = grid.groups(first, block)
+    piece, start, end = keys_of(line, row)
+    keys = grid.keys[line[piece]]
+    base = piece * grid.stride
+    sets = sweep(base + np.clip(start, 0, keys), base + np.clip(end, 0, keys))
+    if line.size == grid.lines:
+        return decided(sets, sets)
+    piece = sets.lo // grid.stride
+    shift = (line[piece] - piece) * grid.stride
+    lo, hi = sets.lo + shift, sets.hi + shift
+    return decided(sweep(lo, hi), sweep(lo, hi, need=count, stride=grid.stride))
+
+
+def _joined(*some: Pieces) -> Pieces:
+    piece, start, end = (np.concatenate([one[n] for one in some]) for n in range(3))
+    return piece, start, end
+
+
+def _listed(pattern: s.Blocks, at: Context) -> Callable[[Ints, Ints], Pieces]:
+    grid, table = at.grid, at.tensors["block_mask"]
+    n_b, n_h, n_q, n_kv = table.shape
+    owner, start, end = runs(table.reshape(-1, n_kv))
+    first = np.searchsorted(owner, np.arange(n_b * n_h * n_q))
+    held = np.searchsorted(owner, np.arange(n_b * n_h * n_q), side="right") - first
+
+    def keys_of(line: Ints, row: Ints) -> Pieces:
+        b = grid.b[line] if n_b > 1 else np.zeros_like(line)
+        h = grid.h[line] if n_h > 1 else np.zeros_like(line)
+        at_row = (b * n_h + h) * n_q + row
+        piece, item = ragged(first[at_row], held[at_row])
+        return piece, start[item] * pattern.block_kv, end[item] * pattern.block_kv
+
+    return keys_of
+
+
+def _bigbird(pattern: s.BigBird, grid: Grid) -> Callable[[Ints, Ints], Pieces]:
+    columns = -(-grid.skv // pattern.block)
+    size, half, g = pattern.block, pattern.window // 2, pattern.global_blocks
+
+    def keys_of(line: Ints, row: Ints) -> Pieces:
+        piece = np.arange(line.size)
+        zero, end = np.zeros_like(piece), np.full_like(piece, grid.skv)
+        whole = ((row >= 0) & (row < g)) | ((row >= columns - g) & (row < columns))
+        some = [
+            (piece, (row - half) * size, (row + half + 1) * size),
+            (piece, zero, zero + g * size),
+            (piece, np.maximum(zero + (columns - g) * size, 0), end),
+            (piece[whole], zero[whole], end[whole]),
+        ]
+        if pattern.random_blocks and columns:
+            drawn = pattern.random_columns(grid.heads, columns)
+            inside = np.flatnonzero((row >= 0) & (row < columns))
+            picks = drawn[grid.h[line[inside]], row[inside]]
+            at, _ = np.nonzero(picks >= 0)
+            column = picks[picks >= 0]
+            some.append((inside[at], column * size, (column + 1) * size))
+        return _joined(*some)
+
+    return keys_of
+
+
+def _strided(pattern: s.Strided, grid: Grid) -> Callable[[Ints, Ints], Pieces]:
+    size = pattern.block
+    marks = np.arange(0, -(-grid.skv // size), pattern.stride)
+
+    def keys_of(line: Ints, row: Ints) -> Pieces:
+        piece = np.arange(line.size)
+        every, column = np.repeat(piece, marks.size), np.tile(marks, line.size)
+        near = (piece, (row - pattern.local + 1) * size, (row + 1) * size)
+        return _joined(near, (every, column * size, (column + 1) * size))
+
+    return keys_of
+
+
+def pattern_allows(pattern: s.Sparsity, heads: int, skv: int) -> Callable[[Coords], Tensor | Any]:
+    """`pattern.allows` for many small calls: BigBird's draw is made once and not once a call."""
+    columns = -(-skv // pattern.block) if isinstance(pattern, s.BigBird) else 0
+    if not isinstance(pattern, s.BigBird) or not pattern.random_blocks or not columns:
+        return lambda c: pattern.allows(c, skv)
+    drawn = torch.from_numpy(pattern.random_columns(heads, columns))
+
+    def allows(c: Coords) -> Tensor:
+        row = torch.div(c.p, pattern.block, rounding_mode="floor")
+        col = c.j // pattern.block
+        inside = (row >= 0) & (row < columns)
+        picks = drawn[c.h, row.clamp(0, columns - 1)]
+        return pattern.structural(row, col, columns) | (inside & (picks == col.unsqueeze(-1)).any(-1))
+
+    return allows
