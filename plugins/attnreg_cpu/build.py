@@ -1,7 +1,8 @@
 """Compile a C++ source of this plugin into a cached shared library and load it.
 
-A library is keyed by its sources, flags, compiler and CPU, so a change in any of them compiles anew and a cache shared between machines
-never serves code for another CPU. A file lock keeps processes from compiling the same thing twice; the finished file appears by rename.
+A library is keyed by its sources, flags, compiler and CPU, so a change in any of them compiles anew and a cache
+shared between machines never serves code for another CPU. A file lock keeps processes from compiling the same thing
+twice; the finished file appears by rename.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class BuildError(errors.BackendError):
 
 @functools.cache
 def find_compiler() -> str | None:
-    """The path of the C++ compiler: the CXX variable if set, else the first of g++, clang++, c++ on PATH; None without one."""
+    """The path of the C++ compiler: CXX if set, else the first of g++, clang++, c++ on PATH; None without one."""
     named = os.environ.get("CXX")
     for candidate in (named,) if named else ("g++", "clang++", "c++"):
         path = shutil.which(candidate)
@@ -82,7 +83,7 @@ def cpu_identity() -> str:
 
 
 def cache_dir() -> Path:
-    """Where libraries are kept: `ATTNREG_CACHE_DIR`/cpu, else `XDG_CACHE_HOME`/attnreg/cpu, else ~/.cache/attnreg/cpu."""
+    """Where libraries are kept: `ATTNREG_CACHE_DIR`/cpu, else attnreg/cpu in `XDG_CACHE_HOME` or ~/.cache."""
     own = os.environ.get("ATTNREG_CACHE_DIR")
     if own:
         return Path(own) / "cpu"
@@ -126,7 +127,8 @@ def library_path(source: str, defines: Mapping[str, int | str], extra_flags: tup
 def build(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile csrc/`source` with `-D` macros unless the cache holds it; returns the library's path.
 
-    Safe among threads and processes: one compiles, the others wait for its lock. Raises BuildError with the compiler's words.
+    Safe among threads and processes: one compiles, the others wait for its lock. Raises BuildError with the
+    compiler's words.
     """
     target, command = _plan(source, defines, extra_flags)
     if target.exists():

@@ -12,7 +12,7 @@ _POINTER = re.compile(r"\*")
 
 
 def _read_fields() -> tuple[tuple[str, str], ...]:
-    """(name, struct code) of each field of csrc/params.h in order: read from the header, so that the two cannot drift."""
+    """(name, struct code) of each field in order, read from csrc/params.h so that the two cannot drift."""
     text = (SOURCE_DIR / "params.h").read_text()
     body = text[text.index("struct Params {") : text.index("};")]
     body = re.sub(r"//[^\n]*", "", body.split("{", 1)[1])

@@ -9,6 +9,7 @@ import ctypes
 
 import pytest
 import torch
+
 from attnreg_cpu import build
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")

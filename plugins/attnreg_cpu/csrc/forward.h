@@ -27,6 +27,7 @@ class Forward {
 
     // 0, or 1 where a thread could not get its scratch memory.
     int run() {
+        if (p_.cu_q) clear_rest();
         std::atomic<int> failed{0};
         parallel_for(first_item_.back(), p_.threads, [&](int64_t item, int64_t) {
             char* scratch = Scratch::get(scratch_bytes());
@@ -50,6 +51,20 @@ class Forward {
     static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value;
 
     int64_t head_groups() const { return p_.q_heads / group_; }
+
+    // Packed rows that belong to no sequence: output 0, lse -inf.
+    void clear_rest() {
+        const int64_t begin = read_integer(p_.cu_q, 0, p_.wide_cu_q), end = read_integer(p_.cu_q, p_.batch, p_.wide_cu_q);
+        for (int64_t row = 0; row < p_.q_rows; ++row) {
+            if (row == begin && end > begin) row = end;
+            if (row >= p_.q_rows) break;
+            for (int64_t h = 0; h < p_.q_heads; ++h) {
+                T* out = static_cast<T*>(p_.out) + h * p_.out_head + row * p_.out_row;
+                std::memset(static_cast<void*>(out), 0, HEAD_V * sizeof(T));
+                if (p_.lse) p_.lse[h * p_.lse_head + row * p_.lse_row] = -INFINITY_F;
+            }
+        }
+    }
 
     size_t scratch_bytes() const {
         Carver carver(nullptr);

@@ -15,10 +15,14 @@ struct Params {
     int64_t out_batch, out_head, out_row;
     int64_t lse_batch, lse_head, lse_row;
 
-    int64_t batch, q_heads, kv_heads, q_rows, kv_rows;  // rows: of the padded tensors; packed input has its own in cu_*
+    int64_t batch, q_heads, kv_heads, q_rows, kv_rows;  // rows of the tensors; packed sequences have theirs in cu_*
+    int64_t threads;
+    // What stands above changes from call to call; below, a call without further tensors changes nothing.
+
     int64_t align;                                      // 0 bottom right, 1 top left, 2 offset
     int64_t causal, window_left, window_right, prefix;  // windows: -1 is no bound
     int64_t chunk;                                      // 0 is none
+    int64_t padding;                                    // 1: keys stop at kv_lengths
     double scale, softcap;                              // softcap: 0 is off
 
     const void *cu_q, *cu_k, *kv_lengths, *seqused, *query_offset, *prefix_lengths, *block_table;
@@ -41,7 +45,7 @@ struct Params {
     int64_t layout_batch, layout_head, layout_block_q, layout_block_kv;
 
     // Configuration.
-    int64_t threads, block_kv, tiles, pack, splits;
+    int64_t block_kv, tiles, pack, splits;
 
     // Gradients; lse and out above are then inputs.
     const void *d_out;

@@ -28,10 +28,12 @@ inline Sequence sequence_at(const Params& p, int64_t b) {
         s.k_len = read_integer(p.cu_k, b + 1, p.wide_cu_k) - s.k_first;
     }
     if (p.seqused) s.k_len = std::min(s.k_len, read_integer(p.seqused, b, p.wide_seqused));
-    if (p.kv_lengths) s.k_len = std::min(s.k_len, read_integer(p.kv_lengths, b, p.wide_kv_lengths));
     s.k_len = std::max<int64_t>(s.k_len, 0);
     s.q_len = std::max<int64_t>(s.q_len, 0);
-    if (p.align == 0) s.offset = s.k_len - s.q_len;
+    int64_t length = s.k_len;
+    if (p.kv_lengths) length = std::min(length, std::max<int64_t>(read_integer(p.kv_lengths, b, p.wide_kv_lengths), 0));
+    if (p.padding) s.k_len = length;
+    if (p.align == 0) s.offset = length - s.q_len;
     if (p.align == 2) s.offset = read_integer(p.query_offset, b, p.wide_query_offset);
     if (p.prefix_lengths) s.prefix = read_integer(p.prefix_lengths, b, p.wide_prefix);
     return s;

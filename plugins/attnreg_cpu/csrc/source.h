@@ -16,7 +16,9 @@ struct RowSource {
 
     const T* at(int64_t j) const {
         if (page_size == 0) return base + j * row;
-        return base + read_integer(table, j / page_size, wide) * page + j % page_size * row;
+        // An entry below 0 is an unused page: no key of it counts, but a run may begin in it.
+        const int64_t entry = read_integer(table, j / page_size, wide);
+        return base + (entry > 0 ? entry : 0) * page + j % page_size * row;
     }
 };
 

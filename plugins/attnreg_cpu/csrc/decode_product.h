@@ -1,0 +1,175 @@
+// The two products of decoding: dot products of query rows with keys, and weighted sums of values.
+//
+// Keys and values come as one pointer a row, so that strided tensors and pages look alike. Few rows read keys in their own type, along
+// the head dimension; many rows stand in lanes and take float32 keys element by element, which needs no sums across lanes.
+#pragma once
+#include "decode_types.h"
+
+namespace attnreg {
+
+// Lane i of the result is the sum of v[i]'s lanes: each round halves the vectors by interleaving two and adding the halves.
+ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
+    typedef typename detail::MakeSequence<LANES>::type Lanes;
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) {
+            vfloat low, high;
+            detail::interleave(v[i], v[i + half], low, high, Lanes());
+            v[i] = low + high;
+        }
+    }
+    return v[0];
+}
+
+// scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys.
+template <class T, int ROWS>
+ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, float* scores, int64_t stride) {
+    constexpr int KEYS = LANES / ROWS, STEP = KEYS < 4 ? KEYS : 4;
+    vfloat sums[LANES];
+#pragma GCC unroll 4
+    for (int first = 0; first < KEYS; first += STEP) {
+        vfloat sum[ROWS][STEP] = {};
+        const T* key[STEP];
+        for (int k = 0; k < STEP; ++k) key[k] = keys[first + k];
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES) {
+            vfloat x[ROWS];
+            for (int r = 0; r < ROWS; ++r) x[r] = load(q + r * q_stride + d);
+#pragma GCC unroll 4
+            for (int k = 0; k < STEP; ++k) {
+                const vfloat y = load_wide(key[k] + d);
+                for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(x[r], y, sum[r][k]);
+            }
+        }
+        if (d < dim) {
+            for (int k = 0; k < STEP; ++k) {
+                const vfloat y = load_part(key[k] + d, dim - d);
+                for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(load(q + r * q_stride + d), y, sum[r][k]);
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            for (int k = 0; k < STEP; ++k) sums[r * KEYS + first + k] = sum[r][k];
+        }
+    }
+    float lanes[LANES];
+    store(lanes, sum_each(sums));
+    for (int r = 0; r < ROWS; ++r) std::memcpy(scores + r * stride, lanes + r * KEYS, KEYS * sizeof(float));
+}
+
+template <class T, int ROWS>
+void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, float* scores, int64_t stride) {
+    for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, scores + k, stride);
+}
+
+// Scores of `rows` rows; `keys` is readable up to the next multiple of LANES.
+template <class T>
+void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, float* scores,
+              int64_t stride) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) dot_rows<T, 4>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
+    if (r + 2 <= rows) {
+        dot_rows<T, 2>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
+        r += 2;
+    }
+    if (r < rows) dot_rows<T, 1>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
+}
+
+// The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
+template <int VECTORS>
+void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, float* scores,
+                    int64_t stride) {
+    constexpr int KEYS = LANES < 8 ? LANES : 8;
+    for (int64_t k = 0; k < count; k += LANES) {
+        vfloat block[VECTORS][LANES];
+        for (int first = 0; first < LANES; first += KEYS) {
+            vfloat sum[VECTORS][KEYS] = {};
+            const float* key[KEYS];
+            for (int i = 0; i < KEYS; ++i) key[i] = keys[k + first + i];
+            const float* column = q_columns;
+            for (int64_t d = 0; d < dim; ++d, column += q_stride) {
+                vfloat x[VECTORS];
+                for (int v = 0; v < VECTORS; ++v) x[v] = load(column + v * LANES);
+#pragma GCC unroll 8
+                for (int i = 0; i < KEYS; ++i) {
+                    const vfloat y = splat(key[i][d]);
+                    for (int v = 0; v < VECTORS; ++v) sum[v][i] = fma(x[v], y, sum[v][i]);
+                }
+            }
+            for (int v = 0; v < VECTORS; ++v) {
+                for (int i = 0; i < KEYS; ++i) block[v][first + i] = sum[v][i];
+            }
+        }
+        for (int v = 0; v < VECTORS; ++v) {
+            transpose(block[v]);
+            for (int i = 0; i < LANES; ++i) store(scores + (v * LANES + i) * stride + k, block[v][i]);
+        }
+    }
+}
+
+// `rows` rounded up to whole registers may be read and written.
+inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
+                           int64_t dim, float* scores, int64_t stride) {
+    constexpr int VECTORS = VECTOR_REGISTERS > 16 ? 2 : 1;
+    int64_t r = 0;
+    for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES) {
+        broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, count, dim, scores + r * stride, stride);
+    }
+    if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, count, dim, scores + r * stride, stride);
+}
+
+// out[r] = out[r] * rescale[r] + sum over k of weights[r * stride + k] * values[k], columns `column` to `column` + COLS * LANES.
+template <class T, int ROWS, int COLS>
+ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count,
+                               int64_t column, int64_t part, float* out, int64_t out_stride) {
+    vfloat sum[ROWS][COLS];
+    for (int r = 0; r < ROWS; ++r) {
+        const vfloat factor = splat(rescale[r]);
+        for (int c = 0; c < COLS; ++c) sum[r][c] = load(out + r * out_stride + column + c * LANES) * factor;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        const T* value = values[k] + column;
+        vfloat weight[ROWS];
+        for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
+#pragma GCC unroll 8
+        for (int c = 0; c < COLS; ++c) {
+            const vfloat y = part == 0 ? load_wide(value + c * LANES) : load_part(value, part);
+            for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(weight[r], y, sum[r][c]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int c = 0; c < COLS; ++c) store(out + r * out_stride + column + c * LANES, sum[r][c]);
+    }
+}
+
+template <class T, int ROWS, int COLS>
+void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
+                 int64_t dim, float* out, int64_t out_stride) {
+    for (; column + COLS * LANES <= dim; column += COLS * LANES) {
+        add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, out, out_stride);
+    }
+    if constexpr (COLS > 1) {
+        add_columns<T, ROWS, COLS / 2>(weights, stride, rescale, values, count, column, dim, out, out_stride);
+    } else if (column < dim) {
+        add_values<T, ROWS, 1>(weights, stride, rescale, values, count, column, dim - column, out, out_stride);
+    }
+}
+
+template <class T>
+void add_tile(const float* weights, int64_t stride, int64_t rows, const float* rescale, const T* const* values, int64_t count,
+              int64_t dim, float* out, int64_t out_stride) {
+    constexpr int SUMS = VECTOR_REGISTERS > 16 ? 16 : 8;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        add_columns<T, 4, SUMS / 4>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
+    }
+    if (r + 2 <= rows) {
+        add_columns<T, 2, SUMS / 2>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
+        r += 2;
+    }
+    if (r < rows) {
+        add_columns<T, 1, 8>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
+    }
+}
+
+}  // namespace attnreg

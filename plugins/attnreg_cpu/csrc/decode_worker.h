@@ -1,0 +1,201 @@
+// One task of decoding: the rows of a few KV heads against one piece of the keys, tile by tile.
+#pragma once
+#include "decode_masks.h"
+#include "decode_output.h"
+#include "decode_product.h"
+
+namespace attnreg {
+
+inline int64_t round_up(int64_t x, int64_t by) { return (x + by - 1) / by * by; }
+
+struct Shape {
+    int64_t head_k, head_v;
+    int64_t stride_k, stride_v;  // rounded up to whole registers
+    int64_t tile;                // keys at a time, a multiple of LANES
+    int64_t rows;                // of one KV head, at most, rounded up to whole registers
+    int64_t slots;               // of all KV heads of a task, at most: head * rows + row
+    int64_t stage;               // rows from which keys and values are widened first
+
+    int64_t state_floats() const { return slots * (stride_v + 2); }
+};
+
+// What a task has summed so far.
+struct State {
+    float* sums;  // [slot][stride_v]
+    RowState* rows;
+
+    State(float* base, const Shape& s) : sums(base), rows(reinterpret_cast<RowState*>(base + s.slots * s.stride_v)) {}
+};
+
+template <class T>
+class Worker {
+  public:
+    // Takes its arrays from the carver, which with a null base only counts what they need.
+    Worker(const DecodeParams& d, const Shape& shape, Carver& carver)
+        : d_(d), p_(d.call), s_(shape), group_(p_.q_heads / p_.kv_heads), masks_(d.call, shape.tile, shape.rows, carver) {
+        state_ = carver.take<float>(s_.state_floats());
+        q_ = carver.take<float>(s_.slots * s_.stride_k);
+        q_columns_ = carver.take<float>(s_.slots * s_.head_k);
+        scores_ = carver.take<float>(s_.rows * s_.tile);
+        rescale_ = carver.take<float>(s_.rows);
+        key_scale_ = carver.take<float>(s_.tile);
+        value_scale_ = carver.take<float>(s_.tile);
+        key_at_ = carver.take<int64_t>(s_.tile);
+        value_at_ = carver.take<int64_t>(s_.tile);
+        keys_ = carver.take<const T*>(s_.tile);
+        values_ = carver.take<const T*>(s_.tile);
+        wide_keys_ = carver.take<const float*>(s_.tile);
+        wide_values_ = carver.take<const float*>(s_.tile);
+        staged_keys_ = carver.take<float>(s_.tile * s_.stride_k);
+        staged_values_ = carver.take<float>(s_.tile * s_.stride_v);
+    }
+
+    float* own_state() const { return state_; }
+
+    // Sums the task's keys into the state.
+    void sum(const Task& task, const Documents& none, State state) {
+        task_ = &task;
+        in_lanes_ = task.rows > LANES / 2;
+        staged_ = sizeof(T) < sizeof(float) && (in_lanes_ || task.rows >= s_.stage);
+        std::memset(state.sums, 0, size_t(s_.slots * s_.stride_v) * sizeof(float));
+        for (int64_t slot = 0; slot < s_.slots; ++slot) state.rows[slot] = RowState();
+        load_queries();
+        masks_.start(task, none);
+        for (int64_t first = task.keys.first; first <= task.keys.last; first += s_.tile) {
+            const int64_t count = std::min(s_.tile, task.keys.last + 1 - first);
+            if (!masks_.enter(first, count)) continue;
+            locate(first, count);
+            for (int64_t h = 0; h < task.heads; ++h) attend(h, first, count, state);
+        }
+    }
+
+  private:
+    int64_t slot(int64_t h) const { return h * s_.rows; }
+
+    void load_queries() {
+        const int64_t batch = p_.cu_q ? 0 : task_->sequence.batch;
+        if (in_lanes_) std::memset(q_columns_, 0, size_t(s_.slots * s_.head_k) * sizeof(float));
+        for (int64_t h = 0; h < task_->heads; ++h) {
+            const int64_t kv_head = task_->head + h;
+            const float scale = scale_at(d_.q_descale, d_.q_scale_batch, d_.q_scale_head, task_->sequence.batch, kv_head);
+            for (int64_t r = 0; r < task_->rows; ++r) {
+                const int64_t row = task_->sequence.q_first + (task_->row + r) / group_;
+                const int64_t head = kv_head * group_ + (task_->row + r) % group_;
+                const int64_t at = batch * p_.q_batch + head * p_.q_head + row * p_.q_row;
+                float* q = q_ + (slot(h) + r) * s_.stride_k;
+                for (int64_t c = 0; c < s_.head_k; ++c) q[c] = read_float(p_.q, at + c, d_.q_type) * scale;
+                for (int64_t c = s_.head_k; c < s_.stride_k; ++c) q[c] = 0.0f;
+                if (!in_lanes_) continue;
+                for (int64_t c = 0; c < s_.head_k; ++c) q_columns_[slot(h) * s_.head_k + c * s_.rows + r] = q[c];
+            }
+        }
+    }
+
+    // Where the tile's rows of head 0 lie, in elements from the tensors' starts.
+    void locate(int64_t first, int64_t count) {
+        const Sequence& s = task_->sequence;
+        if (p_.page_size == 0) {
+            const int64_t batch = p_.cu_k ? 0 : s.batch, row = s.k_first + first;
+            for (int64_t j = 0; j < count; ++j) {
+                key_at_[j] = batch * p_.k_batch + (row + j) * p_.k_row;
+                value_at_[j] = batch * p_.v_batch + (row + j) * p_.v_row;
+            }
+            return;
+        }
+        for (int64_t j = 0; j < count;) {
+            const int64_t entry = (first + j) / p_.page_size, within = (first + j) % p_.page_size;
+            // An entry below 0 is an unused page; a table that calls it used is wrong, but must not read outside the cache.
+            const int64_t page = std::max<int64_t>(read_integer(p_.block_table, s.batch * p_.table_row + entry, p_.wide_table), 0);
+            for (int64_t i = within; i < p_.page_size && j < count; ++i, ++j) {
+                key_at_[j] = page * p_.k_batch + i * p_.k_row;
+                value_at_[j] = page * p_.v_batch + i * p_.v_row;
+            }
+        }
+    }
+
+    void attend(int64_t h, int64_t first, int64_t count, State state) {
+        const int64_t kv_head = task_->head + h, padded = round_up(count, LANES);
+        const T* k = static_cast<const T*>(p_.k) + kv_head * p_.k_head;
+        const T* v = static_cast<const T*>(p_.v) + kv_head * p_.v_head;
+        for (int64_t j = 0; j < padded; ++j) {
+            keys_[j] = k + key_at_[std::min(j, count - 1)];
+            values_[j] = v + value_at_[std::min(j, count - 1)];
+        }
+        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, staged_keys_, wide_keys_);
+        const float* q = q_ + slot(h) * s_.stride_k;
+        if (in_lanes_) {
+            const float* columns = q_columns_ + slot(h) * s_.head_k;
+            broadcast_tile(columns, s_.rows, task_->rows, floats(keys_, wide_keys_), padded, s_.head_k, scores_, s_.tile);
+        } else if (staged_) {
+            dot_tile(q, s_.stride_k, task_->rows, wide_keys_, padded, s_.head_k, scores_, s_.tile);
+        } else {
+            dot_tile(q, s_.stride_k, task_->rows, keys_, padded, s_.head_k, scores_, s_.tile);
+        }
+        weigh(kv_head, first, count, state.rows + slot(h));
+        float* sums = state.sums + slot(h) * s_.stride_v;
+        if (staged_) {
+            widen_rows(values_, count, s_.head_v, s_.stride_v, staged_values_, wide_values_);
+            add_tile(scores_, s_.tile, task_->rows, rescale_, wide_values_, count, s_.head_v, sums, s_.stride_v);
+        } else {
+            add_tile(scores_, s_.tile, task_->rows, rescale_, values_, count, s_.head_v, sums, s_.stride_v);
+        }
+    }
+
+    // Rows that are float32 already are read where they lie.
+    static const float* const* floats(const float* const* rows, const float* const*) { return rows; }
+    template <class U>
+    static const float* const* floats(const U* const*, const float* const* staged) {
+        return staged;
+    }
+
+    static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, float* staged, const float** wide) {
+        for (int64_t j = 0; j < count; ++j) {
+            float* to = staged + j * stride;
+            int64_t d = 0;
+            for (; d + LANES <= dim; d += LANES) store(to + d, load_wide(rows[j] + d));
+            if (d < dim) store(to + d, load_part(rows[j] + d, dim - d));
+            wide[j] = to;
+        }
+    }
+
+    // Scores to weights, row by row.
+    void weigh(int64_t kv_head, int64_t first, int64_t count, RowState* rows) {
+        const int64_t batch = task_->sequence.batch;
+        RowModifiers m{};
+        m.scale = float(p_.scale) * Unit<T>::value;
+        m.softcap = float(p_.softcap);
+        if (d_.keys_a_scale > 0) {
+            m.key_scale = block_scales(d_.k_descale, batch * d_.k_scale_batch + kv_head * d_.k_scale_head, d_.k_scale_block, first, count, key_scale_);
+            m.value_scale = block_scales(d_.v_descale, batch * d_.v_scale_batch + kv_head * d_.v_scale_head, d_.v_scale_block, first, count, value_scale_);
+        } else {
+            m.scale *= scale_at(d_.k_descale, d_.k_scale_batch, d_.k_scale_head, batch, kv_head);
+        }
+        for (int64_t r = 0; r < task_->rows; ++r) {
+            masks_.fill(r, kv_head * group_ + (task_->row + r) % group_, m);
+            float* scores = scores_ + r * s_.tile;
+            const float peak = modify_row(m, scores, count);
+            rescale_[r] = online_softmax(m, rows[r], scores, count, peak);
+        }
+    }
+
+    const float* block_scales(const float* scales, int64_t at, int64_t stride, int64_t first, int64_t count, float* out) const {
+        if (scales == nullptr) return nullptr;
+        for (int64_t j = 0; j < count; ++j) out[j] = scales[at + (first + j) / d_.keys_a_scale * stride];
+        return out;
+    }
+
+    const DecodeParams& d_;
+    const Params& p_;
+    const Shape s_;
+    const int64_t group_;
+    Masks masks_;
+    const Task* task_ = nullptr;
+    bool in_lanes_ = false, staged_ = false;
+    float *state_, *q_, *q_columns_, *scores_, *rescale_, *key_scale_, *value_scale_;
+    int64_t *key_at_, *value_at_;
+    const T **keys_, **values_;
+    const float **wide_keys_, **wide_values_;
+    float *staged_keys_, *staged_values_;
+};
+
+}  // namespace attnreg

@@ -1,0 +1,195 @@
+"""The decode path: few query rows over a long or quantised cache, by kernels that read keys and values once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import Hardware, Problem, SearchSpace, block_of, scores, sparsity
+from attnreg_cpu import build, params
+from attnreg_cpu.arguments import Arguments, dense_rows
+from attnreg_cpu.conjunction import read_conjunction
+from attnreg_cpu.variant import check_status
+
+__all__ = ["decode_prepare", "decode_space", "decode_supports", "is_decode"]
+
+MOST_ROWS = 64
+CACHES = {
+    "float32": "float",
+    "float16": "half_t",
+    "bfloat16": "bfloat_t",
+    "float8_e4m3fn": "e4m3_t",
+    "float8_e5m2": "e5m2_t",
+    "int8": "int8_t",
+}
+Q_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
+SCALES = ("q_descale", "k_descale", "v_descale")
+_tail_packer = struct.Struct("=18q")
+
+
+def is_decode(problem: Problem) -> bool:
+    """Is this the decode path's work: few rows a KV head, or a cache that the prefill kernels do not read?"""
+    return problem.sq * problem.group <= MOST_ROWS or problem.kv_dtype not in ("float32", "float16", "bfloat16")
+
+
+def decode_supports(problem: Problem, hardware: Hardware) -> list[str]:
+    """Every reason against the decode path, but for those that hold for all native kernels; empty if there is none."""
+    spec = problem.spec
+    reasons = []
+    if not is_decode(problem):
+        rows = problem.sq * problem.group
+        reasons.append(f"{rows} query rows a KV head: decoding takes at most {MOST_ROWS} over an unquantised cache")
+    if problem.needs_grad:
+        reasons.append(f"gradients of {', '.join(sorted(problem.grads))}: decoding has none")
+    if problem.dtype not in Q_TYPES:
+        reasons.append(f"dtype {problem.dtype}: decoding takes {', '.join(Q_TYPES)}")
+    if problem.kv_dtype not in CACHES:
+        reasons.append(f"k and v of {problem.kv_dtype}: decoding takes {', '.join(CACHES)}")
+    if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
+        reasons.append(f"score {spec.score!r}: only scaled and plain dot products")
+    if spec.dropout_p:
+        reasons.append(f"dropout_p={spec.dropout_p}: the native kernels draw no random numbers")
+    if max(problem.sq, problem.skv) >= 2**31:
+        reasons.append(f"{max(problem.sq, problem.skv)} rows: positions are 32-bit in the kernels")
+    if read_conjunction(spec.mask) is None:
+        reasons.append(f"mask {spec.mask!r}: no conjunction of intervals")
+    if not isinstance(spec.sparsity, sparsity.Dense):
+        reasons.append(f"sparsity {spec.sparsity!r}: decoding walks no block layouts")
+    return reasons
+
+
+def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
+    """Choices: kv_splits (pieces that the longest cache is cut into; 0: by the number of threads), block_kv (keys at a
+    time), kv_heads (KV heads that one task walks together: what lies side by side in memory is then read so) and
+    widen_rows (query rows from which a narrow cache is widened to float32 once a block, not once a pair of rows).
+    """
+    heads = [n for n in (1, 2, 4, 8, 16, 32) if n < problem.kv_heads] + [problem.kv_heads]
+    beside = problem.spec.layout != "bhsd" and problem.spec.page_size is None
+    default = {"kv_splits": 0, "block_kv": 64, "kv_heads": heads[-1] if beside else 1, "widen_rows": 3}
+    narrow = problem.kv_dtype != "float32"
+    return SearchSpace(
+        choices={
+            "kv_splits": [0, 1, 2, 4, 8, 16, 32],
+            "block_kv": [32, 64, 128, 256],
+            "kv_heads": heads,
+            "widen_rows": [1, 2, 3, 5, 9] if narrow else [3],
+        },
+        default=default,
+        constraints=[
+            (
+                "scores and widened keys and values of a block fit in the L2 cache",
+                lambda c: _scratch(problem, c) <= (hardware.caches[1] or 2**19) or c == default,
+            )
+        ],
+        seeds=[default, {**default, "block_kv": 128}, {**default, "kv_splits": 4}],
+    )
+
+
+def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:
+    rows = min(problem.sq * problem.group, MOST_ROWS)
+    return 4 * int(config["block_kv"]) * (rows + problem.head_dim + problem.head_dim_v)
+
+
+def decode_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
+    """Compile (or find) the kernel and return run(q, k, v, **tensors). Raises BuildError without a working compiler."""
+    return Decode(problem, config)
+
+
+class Decode:
+    """run(q, k, v, **tensors) of one prepared problem: the output, or (output, lse)."""
+
+    def __init__(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> None:
+        mask = read_conjunction(problem.spec.mask)
+        assert mask is not None, "decode_supports() refuses other masks"
+        settings = {"block_kv": int(config["block_kv"]), "splits": int(config["kv_splits"])}
+        self._kernel = _kernel(CACHES[problem.kv_dtype])
+        self._arguments = Arguments(problem, mask, settings)
+        self._spec = problem.spec
+        self._out_dtype = problem.out_dtype
+        self._head_dim_v = problem.head_dim_v
+        self._same_width = problem.head_dim == problem.head_dim_v and problem.dtype in ("float32", "float16", "bfloat16")
+        self._end = (
+            Q_TYPES[problem.dtype],
+            Q_TYPES[str(problem.out_dtype).removeprefix("torch.")],
+            problem.head_dim,
+            problem.head_dim_v,
+            int(config["kv_heads"]),
+            int(config["widen_rows"]),
+        )
+        self._plain_tail = _tail_packer.pack(*[0] * 12, *self._end)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        spec = self._spec
+        out = (
+            torch.empty_like(q)
+            if self._same_width
+            else torch.empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
+        )
+        lse = None
+        if spec.return_lse:
+            lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+            if spec.layout != "bhsd":
+                lse = lse.transpose(-1, -2).contiguous()
+        if spec.layout == "thd":
+            batch = tensors["cu_seqlens_q"].shape[0] - 1
+        else:
+            batch = q.shape[0]
+        if spec.page_size is not None:
+            skv = tensors["block_table"].shape[1] * spec.page_size
+        else:
+            skv = k.shape[2] if spec.layout == "bhsd" else k.shape[-3]
+        tail, kept = self._arguments.tail(tensors)
+        end = self._scale_tail(tensors, kept, skv) if tensors.get("k_descale") is not None else self._plain_tail
+        check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail + end))
+        return (out, lse) if spec.return_lse else out
+
+    def _scale_tail(self, tensors: Mapping[str, Any], kept: list[Tensor], skv: int) -> bytes:
+        pointers: list[int] = []
+        strides: list[int] = []
+        keys_a_scale = 0
+        for name in SCALES:
+            x = tensors.get(name)
+            if x is None:
+                pointers.append(0)
+                strides += [0, 0] if name == "q_descale" else [0, 0, 0]
+                continue
+            x = x.detach().float()
+            kept.append(x)
+            pointers.append(x.data_ptr())
+            if self._spec.dtype.scaling == "tensor":
+                x = x.reshape(1, 1)
+            own = [0 if n == 1 else st for n, st in zip(x.shape, x.stride(), strict=True)]
+            strides += own[:2] if name == "q_descale" else (own + [0])[:3]
+            if x.dim() == 3:
+                keys_a_scale = self._spec.page_size or block_of(_longest(tensors, skv), x.shape[-1])
+        return _tail_packer.pack(*pointers, *strides, keys_a_scale, *self._end)
+
+
+def _longest(tensors: Mapping[str, Any], skv: int) -> int:
+    """Keys of the longest sequence, which the blocks of scaling="block" cut."""
+    cu = tensors.get("cu_seqlens_k")
+    if cu is None:
+        return skv
+    given = tensors.get("max_seqlen_k")
+    return int(given) if given is not None else int((cu[1:] - cu[:-1]).max())
+
+
+@functools.cache
+def _kernel(cache: str) -> Callable[[bytes], int]:
+    library = build.load(build.build("decode.cpp", {"ATTNREG_CACHE": cache}))
+    size = library.attnreg_decode_params_size
+    size.restype = ctypes.c_int64
+    packed = params.SIZE + _tail_packer.size
+    if size() != packed:
+        raise build.BuildError(f"decode_plan.h has {size()} bytes where decode.py packs {packed}")
+    entry = library.attnreg_decode
+    entry.argtypes = [ctypes.c_char_p]
+    entry.restype = ctypes.c_int64
+    return entry  # type: ignore[no-any-return]  # ctypes functions are untyped

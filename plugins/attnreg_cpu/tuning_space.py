@@ -1,0 +1,61 @@
+"""The configurations of the native forward and backward kernels, bounded by the caches."""
+
+from __future__ import annotations
+
+from attnreg import Hardware, Problem, SearchSpace
+
+L1_FALLBACK = 32 * 1024
+L2_FALLBACK = 512 * 1024
+REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "neon": 32, "sve": 32}
+LANES = {"amx": 16, "avx512": 16, "avx2": 8}
+
+
+def lanes_of(hardware: Hardware) -> int:
+    """float32 lanes of the vector registers that the kernels use on this CPU."""
+    return LANES.get(hardware.arch, 4)
+
+
+def has_bfloat_dot(hardware: Hardware) -> bool:
+    """Does the CPU multiply bfloat16 pairs in one instruction that the kernels use?"""
+    return "avx512_bf16" in hardware.isa and lanes_of(hardware) == 16
+
+
+def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
+    """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
+    item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (copy keys
+    and values to dense memory first) and, for bfloat16, pairs (the CPU's bfloat16 dot, or float32 products).
+    """
+    lanes, operand = lanes_of(hardware), 4
+    l1 = hardware.caches[0] or L1_FALLBACK
+    l2 = hardware.caches[1] or L2_FALLBACK
+    width, width_v = problem.head_dim, problem.head_dim_v
+
+    def scores(c: dict[str, int]) -> int:
+        return c["block_kv"] * c["vectors"] * lanes * operand
+
+    def item(c: dict[str, int]) -> int:
+        tiles = c["tiles"] * c["vectors"] * lanes * (width + width_v) * operand
+        return scores(c) + tiles + c["block_kv"] * (width + width_v) * operand
+
+    pairs = [True, False] if problem.dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
+    rows = problem.sq * problem.group
+    most = -(-rows // lanes)
+    vectors = [n for n in (1, 2, 3, 4) if n <= max(most, 1)]
+    preferred = min(3 if REGISTERS.get(hardware.arch, 16) == 16 else 2, vectors[-1])
+    default = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": False, "pairs": pairs[0]}
+    seeds = [{**default, **change} for change in ({"vectors": 3, "block_kv": 192}, {"tiles": 8}, {"block_kv": 192})]
+    return SearchSpace(
+        choices={
+            "vectors": vectors,
+            "tiles": [1, 2, 4, 8, 16],
+            "block_kv": [32, 64, 96, 128, 192, 256, 384],
+            "pack": [False, True],
+            "pairs": pairs,
+        },
+        default=default,
+        constraints=[
+            ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),  # type: ignore[arg-type]
+            ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),  # type: ignore[arg-type]
+        ],
+        seeds=seeds,
+    )

@@ -1,0 +1,69 @@
+"""Which compiled kernel serves a problem: the macros of one library, and loading it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attnreg import errors
+from attnreg_cpu import build, params
+
+ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
+Kernel = Callable[[bytes], int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel.
+
+    source: its file in csrc. dtype: of q, k, v. vectors: registers of query rows in a tile. pairs: bfloat16
+    products by the CPU's dot instruction, where it has one.
+    """
+
+    source: str
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    vectors: int
+    pairs: bool = False
+
+    def defines(self) -> dict[str, int | str]:
+        """The macros that the source is compiled with."""
+        return {
+            "ATTNREG_HEAD_K": self.head_dim,
+            "ATTNREG_HEAD_V": self.head_dim_v,
+            "ATTNREG_ELEMENT": ELEMENTS[self.dtype],
+            "ATTNREG_PAIRS": int(self.pairs),
+            "ATTNREG_VECTORS": self.vectors,
+        }
+
+    def compile(self) -> None:
+        """Compile the library unless the cache has it. Raises BuildError."""
+        build.build(self.source, self.defines())
+
+    def kernel(self, symbol: str) -> Kernel:
+        """The compiled entry point `symbol`, which takes packed params and returns 0 on success."""
+        return _kernel(self, symbol)
+
+
+@functools.cache
+def _kernel(variant: Variant, symbol: str) -> Kernel:
+    library = build.load(build.build(variant.source, variant.defines()))
+    size = library.attnreg_params_size
+    size.restype = ctypes.c_int64
+    if size() != params.SIZE:
+        raise build.BuildError(
+            f"params.h has {size()} bytes where params.py packs {params.SIZE}: a kernel of another release?"
+        )
+    entry = getattr(library, symbol)
+    entry.argtypes = [ctypes.c_char_p]
+    entry.restype = ctypes.c_int64
+    return entry  # type: ignore[no-any-return]  # ctypes functions are untyped
+
+
+def check_status(status: int) -> None:
+    """Raise BackendError where a kernel says that it could not run."""
+    if status:
+        raise errors.BackendError("attnreg_cpu: out of memory for a thread's scratch buffers")

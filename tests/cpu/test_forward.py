@@ -1,0 +1,67 @@
+"""Law: every native forward result lies within twice the error of the same-dtype eager computation of the oracle's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cpu_cases import CASES, Case
+
+from attnreg import Problem, hardware
+from attnreg.testing.oracle import attend, oracle
+from attnreg.testing.sequences import put_together
+from attnreg.validate import check
+from attnreg_cpu import build
+from attnreg_cpu.native import NativeBackend
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+BACKEND = NativeBackend()
+CPU = hardware.detect("cpu")
+
+
+def prepare(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, named: Any, **config: Any) -> Any:
+    """The backend's callable for a case; the reasons why there is none fail the test."""
+    problem = Problem.of(case.spec, check(case.spec, q, k, v, named), q, k, v, named)
+    assert BACKEND.supports(problem, CPU) == []
+    space = BACKEND.space(problem, CPU)
+    return BACKEND.prepare(problem, {**space.default, **config})
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference; infinities must agree, NaN is infinitely wrong."""
+    got = got.double()
+    same = got == exact
+    return float(torch.where(same, 0.0, (got - exact).abs()).nan_to_num(nan=torch.inf).max()) if got.numel() else 0.0
+
+
+def compare(case: Case, dtype: torch.dtype, **config: Any) -> None:
+    q, k, v, named = case.draw(dtype)
+    out, lse = prepare(case, q, k, v, named, **config)(q, k, v, **named)
+    exact_out, exact_lse = oracle(case.spec, q, k, v, **named)
+    plain = [(p.out, p.lse) for p in attend(case.spec, q, k, v, named, dtype=dtype)]
+    plain_out, plain_lse = put_together(case.spec.layout, q, plain, case.dim_v)
+    assert out.shape == exact_out.shape
+    assert out.dtype == dtype
+    assert lse.shape == exact_lse.shape
+    assert lse.dtype == torch.float32
+    assert error(out, exact_out) <= 2 * error(plain_out, exact_out) + FLOOR[dtype]
+    assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse) + 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype)
+
+
+@pytest.mark.parametrize("config", [
+    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": True},
+    {"vectors": 3, "tiles": 2, "block_kv": 64},
+    {"vectors": 4, "tiles": 16, "block_kv": 384, "pairs": False},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", [c for c in CASES if c.dim == 64], ids=str)
+def test_every_configuration_gives_the_same(case: Case, config: dict[str, Any]) -> None:
+    compare(case, torch.bfloat16 if "pairs" in config else torch.float32, **config)
