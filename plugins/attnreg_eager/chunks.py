@@ -155,8 +155,9 @@ def _parts(call: Call, size: int, dim: int) -> Iterator[tuple[int, Call]]:
         yield n * size, replace(call, q=q, k=k, v=v, table=table, bias=bias)
 
 
-def plan(call: Call, budget: int = BUDGET) -> Sizes:
-    """Tile sizes that keep the scores of a tile (additive: its hidden layer) within `budget` elements."""
+def plan(call: Call, budget: int | None = None) -> Sizes:
+    """Tile sizes that keep the scores of a tile (additive: its hidden layer) within `budget` elements (BUDGET)."""
+    budget = BUDGET if budget is None else budget
     group, skv = call.frame.group, max(call.frame.j.shape[-1], 1)
     batch, q_heads, sq, head_dim = call.q.shape
     kv_heads = q_heads // group

@@ -35,11 +35,14 @@ def paged_chunks(k: Tensor, v: Tensor, table: Tensor, size: int) -> list[Load]:
     """
 
     def gather(pages: Tensor, at: Tensor) -> Tensor:
+        _, kv_heads, size, head_dim = pages.shape
         batch, count = at.shape
-        # Gathered by bytes where the dtype is float8, whose index kernels are missing on some devices.
-        raw = pages.view(torch.uint8) if pages.dtype.itemsize == 1 else pages
+        # Bytes are moved as bytes: float8 lacks index kernels on some devices, and has no gradient to lose.
+        narrow = pages.dtype.itemsize == 1
+        raw = pages.view(torch.uint8) if narrow else pages
         rows = raw[at] if raw.shape[0] else raw.new_zeros((batch, count, *raw.shape[1:]))
-        return rows.transpose(1, 2).reshape(batch, pages.shape[1], -1, pages.shape[-1]).view(pages.dtype)
+        out = rows.transpose(1, 2).reshape(batch, kv_heads, count * size, head_dim)
+        return out.view(pages.dtype) if narrow else out
 
     def load(at: Tensor) -> Load:
         return lambda: (gather(k, at), gather(v, at))
