@@ -113,7 +113,11 @@ class Decode:
         self._spec = problem.spec
         self._out_dtype = problem.out_dtype
         self._head_dim_v = problem.head_dim_v
-        self._same_width = problem.head_dim == problem.head_dim_v and problem.dtype in ("float32", "float16", "bfloat16")
+        self._same_width = problem.head_dim == problem.head_dim_v and problem.dtype in (
+            "float32",
+            "float16",
+            "bfloat16",
+        )
         self._end = (
             Q_TYPES[problem.dtype],
             Q_TYPES[str(problem.out_dtype).removeprefix("torch.")],
