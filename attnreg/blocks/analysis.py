@@ -21,7 +21,7 @@ from attnreg import masks as m
 from attnreg.blocks.grid import Grid, Tiles
 from attnreg.blocks.intervals import Ints, KeySets, complement, intersection, ragged, union
 
-__all__ = ["Analysis", "Columns", "Context", "analyse", "decided", "meet"]
+__all__ = ["Analysis", "Columns", "Context", "analyse", "cut", "decided", "meet"]
 
 Columns = list[tuple[Ints, int]]
 """Numbers >= 0, one a tile, each with the span below which they lie."""
@@ -142,15 +142,15 @@ def _chunked(mask: m.Chunked, at: Context) -> Analysis:
     def sign(tiles: Tiles) -> Columns:
         reach = grid.block_q // size + grid.block_kv // size + 2
         return [
-            _cut(tiles.p0, size, grid.block_q),
-            _cut(tiles.j0, size, grid.block_kv),
+            cut(tiles.p0, size, grid.block_q),
+            cut(tiles.j0, size, grid.block_kv),
             _clipped(tiles.p0 // size - tiles.j0 // size, -reach, reach),
         ]
 
     return Analysis(may, grid.where(may, first == last), sign)
 
 
-def _cut(start: Ints, size: int, block: int) -> tuple[Ints, int]:
+def cut(start: Ints, size: int, block: int) -> tuple[Ints, int]:
     """Where the first chunk boundary cuts a block; 0 where none does."""
     into = start % size
     return np.where(into + block <= size, 0, size - into), min(size, block) + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnreg import masks as m
 from attnreg import sparsity as s
@@ -18,6 +20,7 @@ __all__ = ["cached_block_layout", "clear_cache"]
 
 ENTRIES = 128
 BYTES = 256 << 20
+READ = 64 << 20
 
 _kept: OrderedDict[Any, BlockLayout] = OrderedDict()
 _lock = Lock()
@@ -33,17 +36,17 @@ def cached_block_layout(
     *,
     heads: int = 1,
     batch: int = 1,
-    offset: int | tuple[int, ...] | None = None,
+    offset: Lengths = None,
     q_len: Lengths = None,
     kv_len: Lengths = None,
     tensors: Mapping[str, Any] | None = None,
     packed: bool = False,
     device: torch.device | str = "cpu",
 ) -> BlockLayout:
-    """`block_layout`, remembered where mask and sparsity are static.
+    """`block_layout`, remembered. Call tensors count by what they hold, so a changed tensor is never missed.
 
-    A pattern that reads call tensors, lengths given as a tensor, or Python code (`Custom`, whose closure may change)
-    is built anew on each call. Keeps the latest 128 layouts and at most 256 MiB.
+    Python code (`Custom`, whose closure may change) and tensors above 64 MiB are built anew on each call. Keeps the
+    latest 128 layouts and at most 256 MiB.
     """
     sizes = (sq, skv, block_q, block_kv)
 
@@ -53,13 +56,14 @@ def cached_block_layout(
             tensors=tensors, packed=packed, device=device,
         )  # fmt: skip
 
-    needs = mask.tensors() - ({"document_ids"} if packed else set())
-    if needs or (sparsity is not None and sparsity.tensors()) or any(isinstance(x, m.Custom) for x in m.walk(mask)):
+    names = set(mask.tensors()) | (sparsity.tensors() if sparsity is not None else set())
+    read = {name: x for name, x in (tensors or {}).items() if name in names and isinstance(x, Tensor)}
+    if any(x.numel() * x.element_size() > READ for x in read.values()):
         return build()
-    lengths = tuple(tuple(x) if isinstance(x, list) else x for x in (offset, q_len, kv_len))
-    if any(isinstance(x, torch.Tensor) for x in lengths):
+    if any(isinstance(x, m.Custom) for x in m.walk(mask)):
         return build()
-    key = (mask, sparsity, sizes, heads, batch, lengths, packed, str(device))
+    held = tuple(_held(x) for x in (offset, q_len, kv_len, *(read[name] for name in sorted(read))))
+    key = (mask, sparsity, sizes, heads, batch, held, tuple(sorted(read)), packed, str(device))
     with _lock:
         layout = _kept.get(key)
         if layout is not None:
@@ -72,6 +76,14 @@ def cached_block_layout(
         while len(_kept) > ENTRIES or (total > BYTES and len(_kept) > 1):
             total -= _kept.popitem(last=False)[1].nbytes
     return layout
+
+
+def _held(value: Lengths) -> Any:
+    """Something hashable that is equal for equal content."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().numpy()
+        return data.shape, data.dtype.str, hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+    return value if value is None or isinstance(value, int) else tuple(value)
 
 
 def clear_cache() -> None:

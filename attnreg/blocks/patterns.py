@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attnreg import sparsity as s
-from attnreg.blocks.analysis import Analysis, Context, decided
-from attnreg.blocks.grid import Grid
-from attnreg.blocks.intervals import Ints, ragged, sweep
+from attnreg.blocks.analysis import Analysis, Columns, Context, cut, decided
+from attnreg.blocks.grid import Grid, Tiles
+from attnreg.blocks.intervals import Ints, KeySets, ragged, sweep
 from attnreg.blocks.tables import runs
 from attnreg.masks import Coords
 
@@ -24,31 +24,59 @@ def analyse_pattern(pattern: s.Sparsity, at: Context) -> Analysis | None:
     if isinstance(pattern, s.Dense):
         return None
     if isinstance(pattern, s.Blocks):
-        return _grouped(at.grid, at.grid.i0, pattern.block_q, _listed(pattern, at))
+        return _grouped(at.grid, at.grid.i0, pattern.block_q, pattern.block_kv, _listed(pattern, at))
     if isinstance(pattern, s.BigBird):
-        return _grouped(at.grid, at.grid.p0, pattern.block, _bigbird(pattern, at.grid))
+        return _grouped(at.grid, at.grid.p0, pattern.block, pattern.block, _bigbird(pattern, at.grid))
     if isinstance(pattern, s.Strided):
-        return _grouped(at.grid, at.grid.p0, pattern.block, _strided(pattern, at.grid))
+        return _grouped(at.grid, at.grid.p0, pattern.block, pattern.block, _strided(pattern, at.grid))
     return decided(at.grid.universe, at.grid.empty())
 
+
+CELLS = 36  # blocks of the pattern that a tile may meet for its numbering to be worth its time
 
 Pieces = tuple[Ints, Ints, Ints]
 """(which piece, first key, end) of the intervals of pieces: a piece is one pattern row of one line."""
 
 
-def _grouped(grid: Grid, first: Ints, block: int, keys_of: Callable[[Ints, Ints], Pieces]) -> Analysis:
-    """may: in any pattern row that the line meets; must: in all of them."""
+def _grouped(grid: Grid, first: Ints, block: int, block_kv: int, keys_of: Callable[[Ints, Ints], Pieces]) -> Analysis:
+    """may: in any pattern row that the line meets; must: in all of them. first: each line's first row or position."""
     line, row, count = grid.groups(first, block)
     piece, start, end = keys_of(line, row)
     keys = grid.keys[line[piece]]
     base = piece * grid.stride
     sets = sweep(base + np.clip(start, 0, keys), base + np.clip(end, 0, keys))
-    if line.size == grid.lines:
-        return decided(sets, sets)
     piece = sets.lo // grid.stride
     shift = (line[piece] - piece) * grid.stride
     lo, hi = sets.lo + shift, sets.hi + shift
-    return decided(sweep(lo, hi), sweep(lo, hi, need=count, stride=grid.stride))
+    may = sweep(lo, hi)
+    must = may if line.size == grid.lines else sweep(lo, hi, need=count, stride=grid.stride)
+    cells = ((grid.block_q - 1) // block + 2) * ((grid.block_kv - 1) // block_kv + 2)
+    if cells > CELLS:
+        return decided(may, must)
+
+    def sign(tiles: Tiles) -> Columns:
+        return [
+            cut(first[tiles.line], block, grid.block_q),
+            cut(tiles.j0, block_kv, grid.block_kv),
+            *_cells(tiles, sets, count, (grid.block_q - 1) // block + 2, block_kv),
+        ]
+
+    return Analysis(may, must, sign)
+
+
+def _cells(tiles: Tiles, sets: KeySets, count: Ints, rows: int, block_kv: int) -> Columns:
+    """Which of the pattern's blocks that a tile meets are live, one column for each."""
+    grid = tiles.grid
+    piece = (np.cumsum(count) - count)[tiles.line]
+    out = []
+    for a in range(rows):
+        base = (piece + a) * grid.stride
+        for c in range((grid.block_kv - 1) // block_kv + 2):
+            start = (tiles.j0 // block_kv + c) * block_kv
+            keys = grid.keys[tiles.line]
+            live = sets.touches(base + np.minimum(start, keys), base + np.minimum(start + block_kv, keys))
+            out.append(((live & (a < count[tiles.line])).astype(np.int64), 2))
+    return out
 
 
 def _joined(*some: Pieces) -> Pieces:

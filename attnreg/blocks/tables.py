@@ -22,6 +22,12 @@ def runs(flags: Flags) -> tuple[Ints, Ints, Ints]:
     return row, start, np.nonzero(edge == -1)[1]
 
 
+def _numbered(flags: Flags) -> tuple[Ints, int]:
+    """A number for each row of flags; equal rows have equal numbers."""
+    unique, number = np.unique(np.packbits(flags, axis=1), axis=0, return_inverse=True)
+    return number.reshape(-1).astype(np.int64), len(unique)
+
+
 class _Spots:
     """The global positions of each batch: any number of positions, sorted, on lines of `size`."""
 
@@ -64,9 +70,8 @@ class _Spots:
         where, inverse = np.unique(np.stack([b, start]), axis=1, return_inverse=True)
         position = where[1][:, None] + np.arange(width)
         held = self.count(np.repeat(where[0], width), position.ravel(), position.ravel()) > 0
-        packed = np.packbits(held.reshape(-1, width), axis=1)
-        unique, number = np.unique(packed, axis=0, return_inverse=True)
-        return number.reshape(-1)[inverse.reshape(-1)].astype(np.int64), len(unique)
+        number, span = _numbered(held.reshape(-1, width))
+        return number[inverse.reshape(-1)], span
 
 
 def _global(mask: m.Global, at: Context) -> Analysis:
@@ -119,15 +124,39 @@ def _document(mask: m.Document, at: Context) -> Analysis:
         return Analysis(grid.universe, grid.universe, lambda tiles: [])
     table = at.tensors["document_ids"]
     size = table.shape[-1]
-    may, must = [grid.empty()], [grid.empty()]
+    some, every = [grid.empty()], [grid.empty()]
     for b in range(grid.batch):
         lines = np.flatnonzero((grid.b == b) & (grid.p1 >= 0) & (grid.p0 < size) & (grid.rows > 0))
         found = _documents(table[b], grid, lines)
         if found is None:
             return decided(grid.universe, grid.empty())
-        may.append(found[0])
-        must.append(found[1])
-    return decided(union(*may), union(*must))
+        some.append(found[0])
+        every.append(found[1])
+    may, must = union(*some), union(*every)
+    return Analysis(may, must, lambda tiles: _same_document(tiles, table, decided(may, must).sign(tiles)))
+
+
+def _same_document(tiles: Tiles, table: Ints, state: Columns) -> Columns:
+    """Numbers for tiles at document borders: one side lies in one document, so the other side's flags say it all."""
+    grid, size = tiles.grid, table.shape[-1]
+    number, span = state[0]
+    number = number.copy()
+    row, key = np.arange(grid.block_q), np.arange(grid.block_kv)
+    for start in range(0, number.size, 1 << 16):
+        at = start + np.flatnonzero(number[start : start + (1 << 16)] > 1)
+        part = tiles[at]
+        p = part.p0[:, None] + np.minimum(row, np.maximum(part.rows, 1)[:, None] - 1)
+        j = part.j0[:, None] + np.minimum(key, np.maximum(part.keys, 1)[:, None] - 1)
+        rows, keys = table[part.b[:, None], np.clip(p, 0, size - 1)], table[part.b[:, None], j]
+        inside = (p >= 0) & (p < size)
+        by_key = (rows == rows[:, :1]).all(1) & inside.all(1)
+        by_row = (keys == keys[:, :1]).all(1) & ~by_key
+        for chosen, flags in ((by_key, keys == rows[:, :1]), (by_row, (rows == keys[:, :1]) & inside)):
+            if chosen.any():
+                alike, many = _numbered(flags[chosen])
+                number[at[chosen]] = span + alike
+                span += many
+    return [(number, span)]
 
 
 def _documents(ids: Ints, grid: Grid, lines: Ints) -> tuple[KeySets, KeySets] | None:
