@@ -15,7 +15,7 @@ from attnreg_eager.chunks import Call
 from attnreg_eager.dropout import Keep, draw_seed, keeps, keeps_traced
 from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
-from attnreg_eager.tile import Tile
+from attnreg_eager.tile import Tile, any_grad
 
 __all__ = ["compute_dtype", "full_rank", "keep_of", "make_call", "traced"]
 
@@ -40,6 +40,8 @@ def make_call(
     spec, tensors = frame.spec, frame.tensors
     dtype = compute_dtype(q)
     weight, sinks = tensors.get("score_weight"), tensors.get("sinks")
+    # Many tiles add to these gradients: they add up in the dtype of the computation, not in half precision.
+    k, v, bias = (x.to(dtype) if x is not None and any_grad(x) else x for x in (k, v, bias))
     return Call(
         tile=Tile(spec, Scales.of(spec, tensors, longest), dtype, spec.score.factor(q.shape[-1])),
         frame=frame,

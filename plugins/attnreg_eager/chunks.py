@@ -98,6 +98,7 @@ class Call:
             draws = [None if self.keep is None else self.keep(next(counter)) for _ in loads]
 
             def chunk(q: Tensor, bias: Tensor | None, at: slice = at, draws: list[Any] = draws) -> tuple[Tensor, ...]:
+                q = q.to(self.tile.dtype)
                 total: Part | None = None
                 for load, j0, draw in zip(loads, starts, draws, strict=True):
                     keys = slice(j0, j0 + sizes.keys)
