@@ -1,0 +1,208 @@
+"""How far from the oracle a candidate may be: twice the plain computation's error and a floor, gradients thrice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnreg.problem import Problem
+from attnreg.testing.inputs import Inputs
+from attnreg.testing.oracle import Part, attend
+from attnreg.testing.quantised import Rounding, stored
+from attnreg.testing.sequences import pick_rows
+
+__all__ = ["Limit", "Truth", "find_truth"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that the largest error and (float8 and int8 only) the mean error may be."""
+
+    most: float
+    mean: float | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The oracle's answer at the sampled rows, the weights of the backward pass, and the bounds.
+
+    rows: sequence -> query rows. grads: by leaf, in float64. limits: by "out", "lse" and leaf.
+    """
+
+    rows: Mapping[int, Tensor]
+    parts: list[Part]
+    grads: dict[str, Tensor]
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    limits: dict[str, Limit] = field(default_factory=dict)
+
+
+def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None = None) -> Truth:
+    """Compute oracle and plain computation at `rows`; the backward weights are 0 at every other row."""
+    p = inputs.problem
+    grad_out, grad_lse = _weights(inputs, rows)
+    parts, grads, floors = _solve(inputs, rows, grad_out, grad_lse, keep, torch.float64, None, noise=True)
+    dtype: torch.dtype = getattr(torch, p.dtype)
+    rounding = rounding_of(p)
+    work = torch.float32 if rounding is not None else dtype
+    plain, plain_grads, _ = _solve(inputs, rows, grad_out, grad_lse, keep, work, rounding)
+    limits = _limits(p, parts, plain, rounding is not None)
+    for name, grad in grads.items():
+        plain_grad = plain_grads[name].to(inputs.leaves[name].dtype).double()
+        limits[name] = _grad_limit(p, parts, grad, plain_grad, floors[name], rounding is not None)
+    return Truth(rows, parts, grads, grad_out, grad_lse, limits)
+
+
+def rounding_of(p: Problem) -> Rounding | None:
+    """The quantised reference that bounds the problem; None where the plain bound of its dtype holds."""
+    if stored(getattr(torch, p.dtype)):
+        return Rounding(getattr(torch, p.dtype))
+    return None if p.spec.dtype.compute == "same" else Rounding(getattr(torch, p.spec.dtype.compute))
+
+
+def _weights(inputs: Inputs, rows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Random weights of out and lse in the backward pass, 0 outside the sampled rows."""
+    p, spec, q = inputs.problem, inputs.problem.spec, inputs.q
+    generator = torch.Generator(q.device).manual_seed(inputs.seed + 77)
+    shape = (*q.shape[:-1], p.head_dim_v)
+    full = torch.randn(shape, generator=generator, device=q.device)
+    weight = torch.zeros_like(full)
+    heads_last = full.transpose(1, 2) if spec.layout == "bhsd" else full
+    target = weight.transpose(1, 2) if spec.layout == "bhsd" else weight
+    starts = inputs.tensors["cu_seqlens_q"].tolist() if spec.layout == "thd" else None
+    for b, picked in rows.items():
+        at = picked.to(q.device)
+        if starts is None:
+            target[b, at] = heads_last[b, at]
+        else:
+            target[starts[b] + at] = heads_last[starts[b] + at]
+    if not spec.return_lse:
+        return weight.to(p.out_dtype), None
+    row = weight.sum(-1) / max(p.head_dim_v, 1) ** 0.5
+    grad_lse = row if spec.layout == "bhsd" else row.transpose(-1, -2)
+    return weight.to(p.out_dtype), grad_lse.float().contiguous()
+
+
+def _solve(
+    inputs: Inputs,
+    rows: Mapping[int, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+    rounding: Rounding | None,
+    noise: bool = False,
+) -> tuple[list[Part], dict[str, Tensor], dict[str, float]]:
+    """Parts and gradients in `dtype`, and what rounding of `out` alone may do to each gradient."""
+    p, spec = inputs.problem, inputs.problem.spec
+    wide = torch.float64 if dtype == torch.float64 else None
+    tensors = dict(inputs.tensors)
+    leaves = {}
+    for name, x in inputs.leaves.items():
+        # A leaf in the working dtype, so that its gradient is not rounded before it is compared.
+        leaves[name] = x.detach().to(wide or x.dtype).requires_grad_()
+        if name in tensors:
+            tensors[name] = leaves[name]
+    q, k, v = (leaves.get(n, x.detach()) for n, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)))
+    with torch.set_grad_enabled(bool(leaves)):
+        parts = attend(spec, q, k, v, tensors, dtype=dtype, rounding=rounding, rows=rows, keep=keep)
+    grads: dict[str, Tensor] = {}
+    floors: dict[str, float] = {}
+    if leaves:
+        outputs = [part.out for part in parts] + ([part.lse for part in parts] if grad_lse is not None else [])
+        weights = [pick_rows(spec.layout, grad_out, part.shape, part.rows).to(part.out.dtype) for part in parts]
+        if grad_lse is not None:
+            weights += [lse_rows(spec.layout, grad_lse, part).to(part.lse.dtype) for part in parts]
+        grads = _backward(outputs, weights, leaves, retain=noise)
+        if noise:
+            floors = _noise(p, parts, weights[: len(parts)], leaves)
+    detached = [Part(x.shape, x.rows, x.out.detach(), x.lse.detach(), x.empty) for x in parts]
+    return detached, grads, floors
+
+
+def _backward(
+    outputs: list[Tensor], weights: list[Tensor], leaves: Mapping[str, Tensor], retain: bool
+) -> dict[str, Tensor]:
+    live = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    if not live:
+        return {name: torch.zeros_like(x, dtype=torch.float64) for name, x in leaves.items()}
+    given = torch.autograd.grad(
+        [o for o, _ in live], list(leaves.values()), [w for _, w in live], allow_unused=True, retain_graph=retain
+    )
+    return {
+        name: torch.zeros_like(x) if grad is None else grad.detach()
+        for (name, x), grad in zip(leaves.items(), given, strict=True)
+    }
+
+
+def _noise(p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mapping[str, Tensor]) -> dict[str, float]:
+    """What an `out` rounded to its dtype does to each gradient, at most.
+
+    A flash backward pass reads sum(grad_out * out) off the rounded output. An error n of that sum changes the
+    gradients exactly as a weight n on lse would; where one key takes a whole row, their true value is 0 and
+    nothing but this error is left.
+    """
+    eps = torch.finfo(p.out_dtype).eps
+    weights = []
+    for part, weight in zip(parts, grad_out, strict=True):
+        size = (weight * part.out.detach()).square().sum(-1).sqrt() * eps
+        sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
+        weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))
+    given = _backward([part.lse for part in parts], weights, leaves, retain=False)
+    return {name: _largest(grad) for name, grad in given.items()}
+
+
+def lse_rows(layout: str, lse: Tensor, part: Part) -> Tensor:
+    """Some rows of one sequence of an lse (or its weight): [Hq, n]."""
+    one = part.shape
+    mine = lse[:, one.q_start : one.q_start + one.sq] if layout == "thd" else lse[one.b]
+    return mine[:, part.rows]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _eps(p: Problem) -> tuple[float, float]:
+    """(machine epsilon, how many of it the floor grants): sums in another order differ by more than one in float32."""
+    dtype = p.out_dtype
+    return float(torch.finfo(dtype).eps), 0.5 if dtype in (torch.float16, torch.bfloat16) else 8.0
+
+
+def _steepness(p: Problem, parts: list[Part]) -> float:
+    """How much a relative error of a logit counts: logits of size 100 make an error of 100 eps in every weight."""
+    if p.out_dtype in (torch.float16, torch.bfloat16):
+        return 0.0
+    finite = [part.lse[part.lse.isfinite()] for part in parts]
+    return max((_largest(x) for x in finite), default=0.0)
+
+
+def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -> dict[str, Limit]:
+    wanted = _join([part.out for part in parts])
+    errors = (_join([part.out.to(p.out_dtype).double() for part in plain]) - wanted).abs()
+    worst, mean = _largest(errors), float(errors.mean()) if errors.numel() else 0.0
+    amplitude, (eps, units) = _largest(wanted), _eps(p)
+    if quantised:
+        limits = {"out": Limit(4 * worst + 1e-5, 3 * mean + 1e-7 * amplitude)}
+    else:
+        limits = {"out": Limit(2 * worst + eps * amplitude * (units + _steepness(p, parts)))}
+    lse, lse_plain = _join([part.lse for part in parts]), _join([part.lse for part in plain]).double()
+    finite = lse.isfinite() & lse_plain.isfinite()
+    worst = _largest((lse - lse_plain)[finite])
+    floor = 8 * float(torch.finfo(torch.float32).eps) * max(1.0, _largest(lse[finite]))
+    limits["lse"] = Limit((4 if quantised else 2) * worst + floor)
+    return limits
+
+
+def _grad_limit(p: Problem, parts: list[Part], grad: Tensor, plain: Tensor, noise: float, quantised: bool) -> Limit:
+    worst = _largest(plain - grad)
+    amplitude, (eps, units) = _largest(grad), _eps(p)
+    floor = eps * amplitude * (units + _steepness(p, parts)) + 2 * noise
+    return Limit((4 if quantised else 3) * worst + floor + (1e-5 if quantised else 0.0))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts]) if parts else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,171 @@
+"""The gate: a backend and configuration is right on a problem, on its bucket, and at the lengths that break kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from attnreg.backend import Backend
+from attnreg.hardware import Hardware
+from attnreg.problem import Problem, bucket_size
+from attnreg.space import Config
+from attnreg.spec import HeadGrouping
+from attnreg.testing.candidate import GateResult, check_candidate, sample_rows
+from attnreg.testing.dropout import check_dropout
+from attnreg.testing.inputs import Flavour, Inputs, make_inputs
+
+__all__ = ["LENGTHS", "GateResult", "Trial", "check_backend", "check_candidate", "check_inputs", "trials"]
+
+LENGTHS = (1, 63, 65, 127, 129, 192)
+"""No multiple of a tile, one short of one, one more than one, and L % 128 == 64."""
+
+ORDER: tuple[Flavour, ...] = ("normal", "constant", "empty", "huge", "low", "large")
+PAIRS = {"quick": 1 << 21, "full": 1 << 24}
+"""Score entries of the given problem that the oracle computes; beyond it rows are sampled."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing to try: inputs of a problem in a flavour. why: what this trial stands for."""
+
+    problem: Problem
+    flavour: Flavour
+    why: str
+    seed: int = 0
+
+
+def check_backend(
+    backend: Backend,
+    problem: Problem,
+    config: Config,
+    hardware: Hardware,
+    *,
+    budget: Literal["quick", "full"] = "quick",
+) -> GateResult:
+    """Pass or fail of a backend's configuration on a problem, at the first failure.
+
+    The prepared callable runs the problem itself (the oracle computes a sample of its rows where it is large) and
+    other sizes of its bucket; the configuration is then prepared for the lengths of LENGTHS with few heads. "quick"
+    draws one flavour a length, "full" every flavour. A trial that the backend refuses, or whose configuration is
+    not in its space (then its default is tried), is no failure.
+    """
+    prepared: dict[Problem, Callable[..., Any]] = {}
+    results: list[GateResult] = []
+    skipped: list[str] = []
+    for trial in trials(problem, budget):
+        inputs = make_inputs(trial.problem, trial.flavour, trial.seed)
+        why = backend.supports(inputs.problem, hardware)
+        if why:
+            if not results:
+                return GateResult(False, f"refused: {'; '.join(why)}", float("inf"), case=str(inputs), checked=0)
+            skipped.append(f"{trial.why}: {'; '.join(why)}")
+            continue
+        bucket = inputs.problem.bucket()
+        try:
+            if bucket not in prepared:
+                prepared[bucket] = _prepare(backend, inputs.problem, config, hardware, first=not results)
+        except Exception as error:
+            reason = f"prepare raised {type(error).__name__}: {error}"
+            return GateResult(False, reason, float("inf"), case=str(inputs), checked=len(results))
+        result = check_inputs(prepared[bucket], inputs, pairs=PAIRS[budget], poison=budget == "full")
+        if not result.ok:
+            return replace(result, reason=f"{trial.why}: {result.reason}", checked=len(results))
+        results.append(result)
+    return _worst(results, tuple(skipped))
+
+
+def check_inputs(run: Callable[..., Any], inputs: Inputs, *, pairs: int = 1 << 24, poison: bool = True) -> GateResult:
+    """`check_candidate` at a bounded number of score entries; dropout is checked by the weights that it kept."""
+    if inputs.problem.spec.dropout_p:
+        return check_dropout(run, inputs, poison=poison)
+    return check_candidate(run, inputs, rows=sample_rows(inputs, pairs), poison=poison)
+
+
+def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iterator[Trial]:
+    """What the gate tries, in order: the problem, its bucket, the lengths."""
+    yield Trial(problem, "normal", "the problem itself")
+    for n, other in enumerate(_bucket_mates(problem)):
+        yield Trial(other, ("large", "low", "empty")[n % 3], "another size of the same bucket", seed=n + 1)
+    small = _few_heads(problem)
+    flavours: tuple[Flavour, ...] = (*ORDER, "edges") if problem.spec.bias else ORDER
+    for n, length in enumerate(LENGTHS):
+        for m in range(len(flavours) if budget == "full" else 1):
+            flavour = flavours[(n + m) % len(flavours)]
+            yield Trial(_of_length(small, length), flavour, f"length {length}, {flavour}", seed=10 * n + m)
+
+
+def _prepare(backend: Backend, problem: Problem, config: Config, hardware: Hardware, first: bool) -> Callable[..., Any]:
+    if first:
+        return backend.prepare(problem, config)
+    space = backend.space(problem, hardware)
+    return backend.prepare(problem, config if not space.reasons(config) else space.default)
+
+
+def _bucket_mates(problem: Problem) -> list[Problem]:
+    """Problems of other sizes that the same prepared callable must serve: the smallest, and one with L % 128 == 64."""
+    out = []
+    low, high = bucket_size(problem.skv) // 2 + 1, bucket_size(problem.skv)
+    for skv in (low, high - 64 if high > 128 else high):
+        if not low <= skv <= high or skv == problem.skv:
+            continue
+        if problem.square:
+            out.append(_sized(problem, skv, skv))
+        elif problem.sq <= 1:
+            out.append(_sized(problem, problem.sq, skv))
+        else:
+            sq_low = bucket_size(problem.sq) // 2 + 1
+            sq = min(max(sq_low, problem.sq - 1), bucket_size(problem.sq))
+            if sq != skv:
+                out.append(_sized(problem, sq, skv))
+    return out
+
+
+def _sized(problem: Problem, sq: int, skv: int) -> Problem:
+    """The problem with other lengths; packed totals and pages scale with them, inside their bucket."""
+    sizes: dict[str, Any] = {"sq": sq, "skv": skv}
+    for name, length, before in (("total_q", sq, problem.sq), ("total_k", skv, problem.skv)):
+        total = getattr(problem, name)
+        if total:
+            scaled = round(total * length / max(before, 1))
+            least, most = bucket_size(total) // 2 + 1, min(bucket_size(total), problem.batch * length)
+            sizes[name] = max(min(scaled, most), min(least, most), min(1, total))
+    if problem.square and problem.total_q == problem.total_k and problem.total_q:
+        sizes["total_k"] = sizes["total_q"]
+    return replace(problem, **sizes)
+
+
+def _few_heads(problem: Problem) -> Problem:
+    """At most two KV heads and two sequences (three where they are packed): enough to tell one from another."""
+    kv = min(problem.kv_heads, 2 if problem.group <= 8 else 1)
+    spec = problem.spec
+    if spec.heads is not None:
+        spec = spec.model_copy(update={"heads": HeadGrouping(q=kv * problem.group, kv=kv)})
+    batch = min(problem.batch, 3 if spec.layout == "thd" else 2)
+    return replace(problem, spec=spec, batch=batch, kv_heads=kv, q_heads=kv * problem.group, pages=0)
+
+
+def _of_length(problem: Problem, length: int) -> Problem:
+    if problem.square:
+        sq = length
+    elif problem.sq <= 1:
+        sq = problem.sq
+    else:
+        sq = max(2, length // 2 + 1)
+    return replace(problem, sq=sq, skv=length, total_q=0, total_k=0)
+
+
+def _worst(results: list[GateResult], skipped: tuple[str, ...]) -> GateResult:
+    def ratio(error: float | None, bound: float | None) -> float:
+        return (error or 0.0) / bound if bound else 0.0
+
+    worst = max(results, key=lambda r: ratio(r.error, r.bound))
+    grads = [r for r in results if r.grad_error is not None]
+    steepest = max(grads, key=lambda r: ratio(r.grad_error, r.grad_bound), default=worst)
+    return replace(
+        worst,
+        grad_error=steepest.grad_error,
+        grad_bound=steepest.grad_bound,
+        checked=sum(r.checked for r in results),
+        skipped=skipped,
+    )
