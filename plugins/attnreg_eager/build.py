@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
 from attnreg_eager.tile import Tile, any_grad
 
-__all__ = ["compute_dtype", "full_rank", "keep_of", "make_call", "traced"]
+__all__ = ["compute_dtype", "computed", "full_rank", "keep_of", "make_call", "traced"]
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -41,7 +41,7 @@ def make_call(
     dtype = compute_dtype(q)
     weight, sinks = tensors.get("score_weight"), tensors.get("sinks")
     # Many tiles add to these gradients: they add up in the dtype of the computation, not in half precision.
-    k, v, bias = (x.to(dtype) if x is not None and any_grad(x) else x for x in (k, v, bias))
+    k, v = (x.to(dtype) if any_grad(x) else x for x in (k, v))
     return Call(
         tile=Tile(spec, Scales.of(spec, tensors, longest), dtype, spec.score.factor(q.shape[-1])),
         frame=frame,
@@ -50,10 +50,22 @@ def make_call(
         v=v,
         table=table,
         bias=bias,
-        weight=None if weight is None else weight.to(dtype),
-        sinks=None if sinks is None else sinks.to(dtype).view(1, -1, 1),
+        weight=weight,
+        sinks=None if sinks is None else sinks.view(1, -1, 1),
         keep=keep,
     )
+
+
+def computed(tensors: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The named tensors that were given, with those that may need a gradient in the dtype of the computation.
+
+    A bias that needs none is converted tile by tile: it may be the largest tensor of the call.
+    """
+    given = {name: x for name, x in tensors.items() if x is not None}
+    wide = {name: x.to(dtype) for name, x in given.items() if name in ("sinks", "score_weight", "bias")}
+    if "bias" in wide and not any_grad(given["bias"]):
+        del wide["bias"]
+    return {**given, **wide}
 
 
 def keep_of(spec: AttentionSpec, tensors: Any, device: torch.device, tracing: bool) -> Callable[[int], Keep] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnreg import AttentionSpec
-from attnreg_eager.build import full_rank, keep_of, make_call, traced
+from attnreg_eager.build import compute_dtype, computed, full_rank, keep_of, make_call, traced
 from attnreg_eager.chunks import plan
 from attnreg_eager.frame import padded_frame
 from attnreg_eager.packed import all_at_once, one_by_one
@@ -21,11 +21,11 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """The output in q's layout and dtype (bfloat16 where q is float8), or (out, lse) where the spec says so."""
-    tensors = {name: value for name, value in tensors.items() if value is not None}
     if torch.is_autocast_enabled(q.device.type):
         # Autocast would round the products of the reference to half precision.
         with torch.autocast(q.device.type, enabled=False):
             return attend(spec, q, k, v, tensors)
+    tensors = computed(tensors, compute_dtype(q))
     if spec.layout == "thd":
         out, lse = (all_at_once if traced(q, k, v) else one_by_one)(spec, q, k, v, tensors)
     elif spec.layout == "bshd":

