@@ -49,7 +49,8 @@ class Coords:
 
     b: batch (thd: sequence) index. h: query head. i: row of the query in q (thd: within its sequence).
     p: position of the query on the key time line. j: key index. `packed` is True under layout thd, where
-    `cu_seqlens` already separates the documents.
+    `cu_seqlens` already separates the documents. `heads` is a number above every h, which a trace cannot read
+    off h; 0 where it may be read.
     """
 
     b: Tensor
@@ -59,6 +60,7 @@ class Coords:
     j: Tensor
     tensors: Mapping[str, Any] = field(default_factory=dict)
     packed: bool = False
+    heads: int = 0
 
 
 class Mask(Node):

@@ -6,6 +6,8 @@ c = j // block. Blocks of rows (Blocks): r = i // block_q. The last block of eit
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +27,11 @@ class Sparsity(Node):
 
     family: ClassVar[str] = "sparsity"
 
-    def allows(self, c: Coords, skv: int) -> Tensor:
-        """Bool tensor that broadcasts over the coordinates, for `skv` keys: True where the block exists."""
+    def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
+        """Bool tensor that broadcasts over the coordinates: True where the block exists.
+
+        skv: keys of a sequence; [B] int64 where the coordinates span sequences of different lengths.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say what it allows")
 
 
@@ -36,7 +41,7 @@ class Dense(Sparsity):
 
     kind: ClassVar[str] = "dense"
 
-    def allows(self, c: Coords, skv: int) -> Tensor:
+    def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
         return (c.p == c.p) & (c.j == c.j)
 
 
@@ -58,7 +63,7 @@ class Blocks(Sparsity):
     def tensors(self) -> frozenset[str]:
         return frozenset({"block_mask"})
 
-    def allows(self, c: Coords, skv: int) -> Tensor:
+    def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
         return take(c.tensors["block_mask"], c.b, c.h, c.i // self.block_q, c.j // self.block_kv)
 
 
@@ -84,7 +89,7 @@ class BigBird(Sparsity):
         for name in ("global_blocks", "random_blocks", "seed"):
             check_int(self, name, 0)
 
-    def structural(self, r: Tensor, c: Tensor, columns: int) -> Tensor:
+    def structural(self, r: Tensor, c: Tensor, columns: int | Tensor) -> Tensor:
         """Window and global blocks: True at block row r, block column c of `columns`."""
         g = self.global_blocks
         near = (r - c).abs() <= self.window // 2
@@ -95,17 +100,23 @@ class BigBird(Sparsity):
         """The random block columns [heads, columns (as rows), random_blocks], -1 where a row has too few others."""
         return _draw(self, heads, columns)
 
-    def allows(self, c: Coords, skv: int) -> Tensor:
-        columns = -(-skv // self.block)
+    def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
+        every = (skv + self.block - 1) // self.block
+        columns = every[c.b] if isinstance(every, Tensor) else every
         r = torch.div(c.p, self.block, rounding_mode="floor")
         col = c.j // self.block
         out = self.structural(r, col, columns)
-        if not self.random_blocks or not columns:
+        if not self.random_blocks or not c.j.numel():
             return out
-        heads = int(c.h.max()) + 1 if c.h.numel() else 1
-        drawn = torch.from_numpy(self.random_columns(heads, columns)).to(c.j.device)
+        heads = c.heads or (int(c.h.max()) + 1 if c.h.numel() else 1)
+        if isinstance(every, Tensor):
+            bound, b = (c.j.numel() + self.block - 1) // self.block, c.b
+        else:
+            bound, every, b = every, c.j.new_full((1,), every), torch.zeros_like(c.b)
+        parameters = [self.block, self.window, self.global_blocks, self.random_blocks, self.seed]
+        drawn = _draw_op()(every, bound, heads, parameters)
         inside = (r >= 0) & (r < columns)
-        picks = drawn[c.h, r.clamp(0, columns - 1)]
+        picks = drawn[b, c.h, r.clamp(0, bound - 1)]
         return out | (inside & (picks == col.unsqueeze(-1)).any(-1))
 
 
@@ -125,10 +136,32 @@ class Strided(Sparsity):
         for name in ("block", "local", "stride"):
             check_int(self, name, 1)
 
-    def allows(self, c: Coords, skv: int) -> Tensor:
+    def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
         r = torch.div(c.p, self.block, rounding_mode="floor")
         col = c.j // self.block
         return ((r - col >= 0) & (r - col < self.local)) | (col % self.stride == 0)
+
+
+@functools.cache
+def _draw_op() -> Callable[[Tensor, int, int, list[int]], Tensor]:
+    """The draw as an operator, so that a trace keeps it: [N] column counts -> [N, heads, bound, random_blocks].
+
+    Column counts may then be symbols, or differ by sequence. `bound` is at least the largest of them.
+    """
+
+    @torch.library.custom_op("attnreg::bigbird_columns", mutates_args=())
+    def columns_of(counts: Tensor, bound: int, heads: int, parameters: list[int]) -> Tensor:
+        pattern = BigBird(*parameters)
+        out = np.full((counts.shape[0], heads, bound, pattern.random_blocks), -1, dtype=np.int64)
+        for n, count in enumerate(counts.tolist()):
+            out[n, :, :count] = pattern.random_columns(heads, count)
+        return torch.from_numpy(out).to(counts.device)
+
+    @columns_of.register_fake
+    def _(counts: Tensor, bound: int, heads: int, parameters: list[int]) -> Tensor:
+        return counts.new_empty((counts.shape[0], heads, bound, BigBird(*parameters).random_blocks))
+
+    return columns_of
 
 
 def _draw(pattern: BigBird, heads: int, columns: int) -> npt.NDArray[np.int64]:
