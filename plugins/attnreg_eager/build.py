@@ -17,6 +17,9 @@ from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
 from attnreg_eager.tile import Tile, any_grad
 
+transform: Callable[[], object | None] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+"""The innermost torch.func transform (vmap, grad, jvp) in force, or None: under one, values cannot be read either."""
+
 __all__ = ["compute_dtype", "computed", "full_rank", "keep_of", "make_call", "traced"]
 
 
@@ -85,7 +88,7 @@ def full_rank(bias: Tensor | None) -> Tensor | None:
 
 def traced(*xs: Tensor) -> bool:
     """Is a graph being captured, so that values cannot be read and sizes may be symbols?"""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transform() is not None:
         return True
     return any(
         isinstance(x, (FakeTensor, FunctionalTensor)) or any(isinstance(n, torch.SymInt) for n in x.shape) for x in xs

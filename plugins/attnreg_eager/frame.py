@@ -23,7 +23,8 @@ class Frame:
     bq: batch (thd: sequence) index of a row, [B, 1, 1, 1] or [1, 1, Sq, 1]. h: query head, [1, Hq, 1, 1].
     i: row within its sequence, [1, 1, Sq, 1]. p: its position, [B or 1, 1, Sq, 1]. bk: batch index of a key,
     [B, 1, 1, 1] or [1, 1, 1, Skv]. j: key within its sequence, [1, 1, 1, Skv]. skv: keys of a sequence, which
-    block patterns count from. group: query heads a KV head. packed: layout thd. owners: where several sequences
+    block patterns count from; [B] where sequences share a dimension. group: query heads a KV head. heads: query
+    heads of the call. packed: layout thd. owners: where several sequences
     lie in one dimension, the sequence of each row and key (-1 and -2 for rows and keys of none): only pairs of
     one sequence count.
     """
@@ -36,8 +37,9 @@ class Frame:
     p: Tensor
     bk: Tensor
     j: Tensor
-    skv: int
+    skv: int | Tensor
     group: int
+    heads: int
     packed: bool = False
     owners: Owners | None = None
 
@@ -62,7 +64,14 @@ class Frame:
         """True where the row may attend the key: mask AND sparsity AND the keys in use; None for everywhere."""
         spec = self.spec
         coords = masks.Coords(
-            b=self.bq, h=self.h, i=self.i, p=self.p, j=self.j, tensors=self.tensors, packed=self.packed
+            b=self.bq,
+            h=self.h,
+            i=self.i,
+            p=self.p,
+            j=self.j,
+            tensors=self.tensors,
+            packed=self.packed,
+            heads=self.heads,
         )
         out: list[Tensor] = []
         if not isinstance(spec.mask, masks.Full):
@@ -108,6 +117,7 @@ def padded_frame(
         j=torch.arange(skv, device=device).view(1, 1, 1, -1),
         skv=skv,
         group=group,
+        heads=q_heads,
         packed=spec.layout == "thd",
     )
 
@@ -131,10 +141,12 @@ def packed_frame(
     bq, i, owner_q = _places(cu_q, torch.arange(total_q, device=device), -1)
     keys = torch.arange(total_k, device=device)
     kv_len: Any = skv
+    own: int | Tensor = skv
     if spec.page_size is None:
         cu_k = tensors["cu_seqlens_k"].to(torch.int64)
         bk, j, owner_k = _places(cu_k, keys, -2)
-        kv_len = cu_k.diff()[bq]
+        lengths = cu_k.diff()
+        own, kv_len = lengths, lengths[bq]
     else:
         bk, j = keys // skv, keys % skv
         owner_k = bk
@@ -147,8 +159,9 @@ def packed_frame(
         p=_positions(spec, tensors, bq, i, cu_q.diff()[bq], kv_len).view(1, 1, -1, 1),
         bk=bk.view(1, 1, 1, -1),
         j=j.view(1, 1, 1, -1),
-        skv=skv,
+        skv=own,
         group=group,
+        heads=q_heads,
         packed=True,
         owners=(owner_q.view(1, 1, -1, 1), owner_k.view(1, 1, 1, -1)),
     )

@@ -95,5 +95,4 @@ def test_at_once_equals_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sync-free form of packed sequences, which captures use, says the same."""
     monkeypatch.setattr(run, "traced", lambda *xs: True)
     for case in CASES:
-        if "bigbird" not in case.name:
-            test_float64(case)
+        test_float64(case)
