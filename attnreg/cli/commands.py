@@ -1,0 +1,5 @@
+"""Every command module, imported so that it registers its commands on the app."""
+
+from attnreg.cli import doctor, explain, plugins
+
+__all__ = ["doctor", "explain", "plugins"]

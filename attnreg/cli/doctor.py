@@ -1,0 +1,132 @@
+"""`attnreg doctor`: hardware, versions, plugins, failures, and what each absent backend would need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from attnreg import registry, store
+from attnreg.backend import Finding
+from attnreg.cli import app, console
+from attnreg.hardware import Hardware, detect
+
+PACKAGES = ("attnreg", "torch", "triton", "numpy", "pluggy", "pydantic", "optuna", "transformers")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Plain data for programs.")] = False) -> None:
+    """Say what this machine has, what loaded, what is broken or missing, and what to do about it."""
+    devices = [detect("cpu"), *(detect(torch.device("cuda", n)) for n in range(_gpus()))]
+    loaded = registry.current()
+    findings = [*_core_findings(), *loaded.findings(devices[0])]
+    if as_json:
+        typer.echo(json.dumps(_data(devices, findings), indent=2))
+        return
+    for hardware in devices:
+        _print_hardware(hardware)
+    versions = _versions()
+    console.print("versions  " + ", ".join(f"{n} {v}" for n, v in versions.items() if v), highlight=False)
+    absent = [name for name, version in versions.items() if not version]
+    if absent:
+        console.print(f"absent    {', '.join(absent)}", highlight=False)
+    console.print()
+    _print_backends()
+    _print_findings(findings)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = ""
+    return out
+
+
+def _print_hardware(h: Hardware) -> None:
+    console.print(f"hardware  [bold]{h.slug}[/bold]", highlight=False)
+    if h.kind == "cpu":
+        caches = ", ".join(f"L{n} {_bytes(size)}" for n, size in zip((1, 2, 3), h.caches, strict=True) if size)
+        console.print(
+            f"          {h.vendor} {h.model}, {h.cores} usable cores, {torch.get_num_threads()} torch threads, "
+            f"{_bytes(h.memory)} memory, {caches}",
+            highlight=False,
+        )
+        console.print(f"          {' '.join(h.isa)}", highlight=False)
+    else:
+        console.print(
+            f"          {h.model} {h.arch}, {h.cores} multiprocessors, {_bytes(h.memory)} memory, "
+            f"{_bytes(h.shared_memory)} shared memory a block, {h.registers} registers",
+            highlight=False,
+        )
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.3g} {unit}"
+        n = n / 1024  # type: ignore[assignment]  # a size for people, not for arithmetic
+    raise AssertionError
+
+
+def _print_backends() -> None:
+    loaded = registry.current()
+    table = Table(title="backends", title_justify="left", box=None, pad_edge=False)
+    for column in ("backend", "version", "plugin", "from"):
+        table.add_column(column)
+    for entry in loaded.entries.values():
+        table.add_row(entry.name, entry.backend.version, entry.plugin, entry.origin)
+    console.print(table)
+    if loaded.blocked:
+        console.print(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
+    for failure in loaded.failures:
+        console.print(
+            f"[red]set aside[/red] plugin {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}",
+            highlight=False,
+        )
+
+
+def _core_findings() -> list[tuple[str, Finding]]:
+    """What the core itself can see: records that could not be read, a GPU that torch does not see."""
+    todo = "mend or delete it; the rest is used"
+    out = [("records", Finding(b.where, False, b.reason, todo)) for b in store.current().broken()]
+    if _gpus() == 0:
+        built = torch.version.cuda or torch.version.hip
+        why = f"torch is built for {built} but sees no device" if built else "this torch is a CPU build"
+        out.append(("core", Finding("GPU", True, f"none: {why}", "GPU backends refuse CPU tensors and say so")))
+    return out
+
+
+def _print_findings(findings: list[tuple[str, Finding]]) -> None:
+    console.print()
+    for plugin, found in findings:
+        mark = "[green]ok[/green]  " if found.ok else "[red]bad[/red] "
+        todo = f" -> {found.todo}" if found.todo else ""
+        console.print(f"{mark} {plugin}: {found.subject}: {found.detail}{todo}", highlight=False)
+
+
+def _data(devices: list[Hardware], findings: list[tuple[str, Finding]]) -> dict[str, Any]:
+    loaded = registry.current()
+    return {
+        "hardware": [{"slug": h.slug, **asdict(h)} for h in devices],
+        "versions": _versions(),
+        "backends": [
+            {"name": e.name, "version": e.backend.version, "plugin": e.plugin, "origin": e.origin}
+            for e in loaded.entries.values()
+        ],
+        "failures": [asdict(f) for f in loaded.failures],
+        "blocked": list(loaded.blocked),
+        "findings": [{"plugin": plugin, **asdict(found)} for plugin, found in findings],
+    }
