@@ -57,11 +57,11 @@ class Arguments:
         q, k, v, out: dense rows, in the spec's layout; lse: [B, Hq, Sq] or [Hq, T].
         """
         layout = self._layout
-        q_b, q_h, q_r = _strides(q, layout)
-        out_b, out_h, out_r = _strides(out, layout)
+        q_b, q_h, q_r = strides_of(q, layout)
+        out_b, out_h, out_r = strides_of(out, layout)
         kv_layout = "bhsd" if self._paged else layout
-        k_b, k_h, k_r = _strides(k, kv_layout)
-        v_b, v_h, v_r = _strides(v, kv_layout)
+        k_b, k_h, k_r = strides_of(k, kv_layout)
+        v_b, v_h, v_r = strides_of(v, kv_layout)
         q_heads, sq = (q.shape[1], q.shape[2]) if layout == "bhsd" else (q.shape[-2], q.shape[-3])
         kv_heads = k.shape[1] if kv_layout != "bshd" else k.shape[2]
         if lse is None:
@@ -122,7 +122,7 @@ _INTEGERS = (
 )
 
 
-def _strides(x: Tensor, layout: str) -> tuple[int, int, int]:
+def strides_of(x: Tensor, layout: str) -> tuple[int, int, int]:
     """Strides of batch (or page), head and row."""
     if layout == "bhsd":
         b, h, r, _ = x.stride()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from attnreg import Hardware, Problem, SearchSpace, scores, sparsity
 from attnreg_cpu import build
 from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import read_conjunction
+from attnreg_cpu.gradient import Differentiable
 from attnreg_cpu.tuning_space import kernel_space
 from attnreg_cpu.variant import ELEMENTS, Kernel, Variant, check_status
 
@@ -25,14 +27,12 @@ class NativeBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        self.version = build.source_digest("forward.cpp")[:12]  # changes with any kernel source
+        digests = build.source_digest("forward.cpp") + build.source_digest("backward.cpp")
+        self.version = hashlib.sha256(digests.encode()).hexdigest()[:12]  # changes with any kernel source
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason why the problem cannot be computed exactly as said; empty if it can."""
-        reasons = [*_machine_reasons(problem), *_spec_reasons(problem)]
-        if problem.needs_grad:
-            reasons.append(f"gradients of {', '.join(sorted(problem.grads))}: the native kernels have none yet")
-        return reasons
+        return [*_machine_reasons(problem), *_spec_reasons(problem)]
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """Micro-kernel shape, tiles of an item, keys of a run, packing, bfloat16 products."""
@@ -40,18 +40,15 @@ class NativeBackend:
 
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Any:
         """Compile (or find) the kernel and return run(q, k, v, **tensors)."""
-        variant = Variant(
-            "forward.cpp",
-            problem.head_dim,
-            problem.head_dim_v,
-            problem.dtype,
-            int(config["vectors"]),
-            bool(config["pairs"]),
-        )
         mask = read_conjunction(problem.spec.mask)
         assert mask is not None, "supports() refuses other masks"
         settings = {name: int(config[name]) for name in ("block_kv", "tiles", "pack")}
-        return Forward(problem, variant.kernel("attnreg_forward"), Arguments(problem, mask, settings))
+        arguments = Arguments(problem, mask, settings)
+        forward = Forward(problem, _variant("forward.cpp", problem, config).kernel("attnreg_forward"), arguments)
+        if not problem.needs_grad:
+            return forward
+        kernel = _variant("backward.cpp", problem, config).kernel("attnreg_backward")
+        return Differentiable(forward, kernel, arguments)
 
 
 class Forward:
@@ -61,13 +58,13 @@ class Forward:
         self._kernel = kernel
         self._arguments = arguments
         self._head_dim_v = problem.head_dim_v
-        self._layout = problem.spec.layout
+        self.layout = problem.spec.layout
         self._page_size = problem.spec.page_size
-        self._return_lse = problem.spec.return_lse
+        self.return_lse = problem.spec.return_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        out, lse = self.compute(q, k, v, tensors, self._return_lse)
-        return (out, lse) if self._return_lse else out
+        out, lse = self.compute(q, k, v, tensors, self.return_lse)
+        return (out, lse) if self.return_lse else out
 
     def compute(
         self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], with_lse: bool
@@ -78,7 +75,7 @@ class Forward:
         batch, skv = self.sizes(q, k, tensors)
         lse = None
         if with_lse:
-            lse = torch.empty(q.shape[:-1] if self._layout == "bhsd" else _heads_first(q), dtype=torch.float32)
+            lse = torch.empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
         tail, kept = self._arguments.tail(tensors)
         check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail))
         del kept
@@ -86,10 +83,16 @@ class Forward:
 
     def sizes(self, q: Tensor, k: Tensor, tensors: Mapping[str, Any]) -> tuple[int, int]:
         """Sequences of the call, and key rows of a padded one (paged: of a full table)."""
-        batch = q.shape[0] if self._layout != "thd" else tensors["cu_seqlens_q"].shape[0] - 1
+        batch = q.shape[0] if self.layout != "thd" else tensors["cu_seqlens_q"].shape[0] - 1
         if self._page_size is not None:
             return batch, tensors["block_table"].shape[1] * self._page_size
-        return batch, k.shape[2] if self._layout == "bhsd" else k.shape[-3]
+        return batch, k.shape[2] if self.layout == "bhsd" else k.shape[-3]
+
+
+def _variant(source: str, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Variant:
+    return Variant(
+        source, problem.head_dim, problem.head_dim_v, problem.dtype, int(config["vectors"]), bool(config["pairs"])
+    )
 
 
 def _heads_first(q: Tensor) -> tuple[int, ...]:
@@ -125,6 +128,8 @@ def _spec_reasons(problem: Problem) -> list[str]:
         reasons.append(f"{max(problem.sq, problem.skv)} rows: positions are 32-bit in the kernels")
     if read_conjunction(spec.mask) is None:
         reasons.append(f"mask {spec.mask!r}: no conjunction of intervals")
+    if problem.needs_grad and spec.page_size is not None:
+        reasons.append("gradients into a paged cache: only contiguous keys and values have them here")
     if not isinstance(spec.sparsity, sparsity.Dense):
         reasons.append(f"sparsity {spec.sparsity!r}: no block layouts yet")
     return reasons

@@ -5,9 +5,9 @@
 #pragma once
 #include <cmath>
 
+#include "modifiers.h"
 #include "micro.h"
 #include "source.h"
-#include "tile.h"
 
 namespace attnreg {
 
@@ -207,7 +207,8 @@ class Forward {
 
         template <int NV>
         void attend_vectors(const Run& run, Tile<Operand>& t) {
-            const Modifiers modifiers = modifiers_of(run, t);
+            const Modifiers modifiers =
+                modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
             for (int v = 0; v < NV; ++v) store(b_.peak + v * LANES, splat(-INFINITY_F));
             // The micro-kernel takes at least MR rows; those past `count` exist (the run goes on, or was padded) and are not used.
             const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
@@ -233,40 +234,6 @@ class Forward {
                 for (int64_t j = 0; j < count; ++j) top = vmax(top, load(b_.scores + (j * NV + v) * LANES));
                 store(b_.peak + v * LANES, top);
             }
-        }
-
-        Modifiers modifiers_of(const Run& run, Tile<Operand>& t) {
-            Modifiers m;
-            m.scale = float(p_.scale);
-            m.softcap = float(p_.softcap);
-            if (run.first < t.keys.all.first || run.first + run.count - 1 > t.keys.all.last) m.first = t.first, m.last = t.last;
-            if (f_.documents_.scattered()) m.documents = t.document, m.key_documents = f_.documents_.ids(s_.batch);
-            if (p_.alibi) m.slopes = t.slope, m.positions = t.position;
-            if (p_.bias) {
-                gather_bias(run, t);
-                m.bias = b_.bias;
-            }
-            if (p_.mask) {
-                const uint8_t* pointers[FULL];
-                lane_rows(p_.mask, p_.mask_batch, p_.mask_head, p_.mask_row, s_, rows_, t, pointers);
-                gather_lanes(pointers, t.lanes(), run.first, run.count, p_.mask_key, b_.allowed);
-                m.allowed = b_.allowed;
-            }
-            return m;
-        }
-
-        void gather_bias(const Run& run, const Tile<Operand>& t) {
-            switch (p_.bias_type) {
-                case 0: return gather_bias_as<float>(run, t);
-                case 1: return gather_bias_as<half_t>(run, t);
-                default: return gather_bias_as<bfloat_t>(run, t);
-            }
-        }
-        template <class B>
-        void gather_bias_as(const Run& run, const Tile<Operand>& t) {
-            const B* pointers[FULL];
-            lane_rows(static_cast<const B*>(p_.bias), p_.bias_batch, p_.bias_head, p_.bias_row, s_, rows_, t, pointers);
-            gather_lanes(pointers, t.lanes(), run.first, run.count, p_.bias_key, b_.bias);
         }
 
         void finish() {

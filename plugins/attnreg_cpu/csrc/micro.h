@@ -8,6 +8,8 @@
 //
 // with MR values of i and NV vectors of lanes held in registers.
 #pragma once
+#include <type_traits>
+
 #include "operand.h"
 
 namespace attnreg {
@@ -18,14 +20,15 @@ constexpr int micro_rows(int vectors) {
     return fit >= 16 ? 16 : fit >= 12 && vectors == 1 ? 12 : fit >= 8 ? 8 : fit >= 6 ? 6 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
-// acc[i][v] += sum over k < depth of A(i, k) * b[k * NV * LANES + v * LANES ...];
+// acc[i][v] += sum over k < depth of A(i, k) * b[k * b_stride + v * LANES ...];
 // A(i, k) is a[i * stride + k] where K_CONTIGUOUS, else a[k * stride + i].
 template <int MR, int NV, bool K_CONTIGUOUS, class Operand>
-ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand* a, int64_t stride, const Operand* b) {
+ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand* a, int64_t stride, const Operand* b,
+                             int64_t b_stride) {
     for (int64_t k = 0; k < depth; ++k) {
         typename Operand::Vector column[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) column[v] = load_as<typename Operand::Vector>(b + (k * NV + v) * LANES);
+        for (int v = 0; v < NV; ++v) column[v] = load_as<typename Operand::Vector>(b + k * b_stride + v * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
             const typename Operand::Vector scalar = broadcast(K_CONTIGUOUS ? a[i * stride + k] : a[k * stride + i]);
@@ -43,7 +46,7 @@ void multiply_scores(int64_t count, const Operand* keys, int64_t stride, const O
     for (int64_t next = 0; next < count; next += MR) {
         const int64_t j = next + MR <= count ? next : count - MR;
         vfloat acc[MR][NV] = {};
-        multiply<MR, NV, true>(acc, DEPTH, keys + j * stride, stride, query);
+        multiply<MR, NV, true>(acc, DEPTH, keys + j * stride, stride, query, NV * LANES);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             vfloat top = load(peak + v * LANES);
@@ -67,7 +70,7 @@ ATTNREG_INLINE void accumulate_channels(int64_t depth, const Operand* values, in
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) acc[i][v] = factor * load(output + (i * NV + v) * LANES);
     }
-    multiply<MR, NV, false>(acc, depth, values, stride, weights);
+    multiply<MR, NV, false>(acc, depth, values, stride, weights, NV * LANES);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 16
@@ -88,6 +91,49 @@ void multiply_values(int64_t depth, const Operand* values, int64_t stride, const
         constexpr int64_t d = CHANNELS - REST;
         accumulate_channels<REST, NV>(depth, values + d, stride, weights, output + d * NV * LANES, rescale);
     }
+}
+
+template <int MR, int NV>
+ATTNREG_INLINE void accumulate_rows_block(int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows,
+                                          int64_t row_stride, float* out, int64_t out_stride) {
+    vfloat acc[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) acc[i][v] = load(out + i * out_stride + v * LANES);
+    }
+    multiply<MR, NV, true>(acc, depth, weights, weight_stride, rows, row_stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) store(out + i * out_stride + v * LANES, acc[i][v]);
+    }
+}
+
+template <int MR, int CHANNELS>
+ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows, float* out,
+                                       int64_t out_stride) {
+    constexpr int VECTORS = CHANNELS / LANES, NV = VECTORS % 2 == 0 ? 2 : 1;
+    for (int v = 0; v < VECTORS; v += NV) {
+        accumulate_rows_block<MR, NV>(depth, weights, weight_stride, rows + v * LANES, CHANNELS, out + v * LANES, out_stride);
+    }
+}
+
+// out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES.
+template <int CHANNELS>
+void accumulate_rows(int64_t count, int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows, float* out,
+                     int64_t out_stride) {
+    constexpr int MR = micro_rows(CHANNELS / LANES % 2 == 0 ? 2 : 1);
+    int64_t j = 0;
+    const auto step = [&](auto rows_at_once) {
+        constexpr int R = decltype(rows_at_once)::value;
+        for (; j + R <= count; j += R) {
+            accumulate_rows_of<R, CHANNELS>(depth, weights + j * weight_stride, weight_stride, rows, out + j * out_stride, out_stride);
+        }
+    };
+    step(std::integral_constant<int, MR>());
+    if constexpr (MR > 4) step(std::integral_constant<int, 4>());
+    step(std::integral_constant<int, 1>());
 }
 
 }  // namespace attnreg

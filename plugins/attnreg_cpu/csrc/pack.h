@@ -40,6 +40,17 @@ void pack_lanes(const T* const* rows, int64_t count, int64_t lanes, Operand* out
     }
 }
 
+// Rows as they are, widened and multiplied: out[lane][d], lanes past `count` and channels past CHANNELS are 0.
+template <int CHANNELS, int PADDED, class T>
+void pack_rows(const T* const* rows, int64_t count, int64_t lanes, float factor, Single* out) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t d = 0; d < PADDED; d += LANES) {
+            const vfloat wide = lane < count ? load_operands(Single(), rows[lane] + 0, d, CHANNELS - d) * splat(factor) : zero();
+            std::memcpy(out + lane * PADDED + d, &wide, sizeof(wide));
+        }
+    }
+}
+
 // Copies lanes back to rows: rows[lane][d] = factor[lane] * source[d][lane].
 template <int CHANNELS, class T>
 void unpack_lanes(const float* source, const float* factor, int64_t count, int64_t lanes, T* const* rows) {

@@ -47,13 +47,18 @@ struct Params {
     // Configuration.
     int64_t block_kv, tiles, pack, splits;
 
-    // Gradients; lse and out above are then inputs.
-    const void *d_out;
+    // Gradients; lse and out above are then inputs. d_k and d_v are float32 sums, one for each of `splits` shares of the rows, with rows
+    // padded to whole vectors; d_bias is float32 [B, Hq, d_bias_rows, d_bias_keys], zero where nothing is written.
+    const void* d_out;
     const float* d_lse;
     void *d_q, *d_k, *d_v;
-    float *d_bias, *d_sinks;
+    float* d_bias;
     int64_t d_out_batch, d_out_head, d_out_row;
     int64_t d_lse_batch, d_lse_head, d_lse_row;
+    int64_t d_q_batch, d_q_head, d_q_row;
+    int64_t d_k_share, d_k_batch, d_k_head, d_k_row;
+    int64_t d_v_share, d_v_batch, d_v_head, d_v_row;
+    int64_t d_bias_rows, d_bias_keys;
 };
 
 inline int64_t read_integer(const void* base, int64_t index, int64_t wide) {

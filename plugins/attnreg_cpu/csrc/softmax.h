@@ -19,6 +19,7 @@ struct Modifiers {
     const float* allowed = nullptr;        // [key][lane], 0 where masked
     const uint64_t* bits = nullptr;        // [key][bit_words]: bit r is row r of the block
     int64_t bit_words = 0, bit_first = 0;  // bit of lane 0
+    float* softcap_slope = nullptr;        // [key][lane], written: derivative of the softcap
 
     bool plain() const {
         return softcap == 0.0f && scale > 0.0f && !bias && !slopes && !first && !documents && !allowed && !bits;
@@ -49,7 +50,11 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
             const int64_t at = (j * NV + v) * LANES;
             const int32_t key = int32_t(first_key + j);
             vfloat x = load(scores + at) * scale;
-            if (m.softcap > 0) x = cap * vtanh(x * inverse_cap);
+            if (m.softcap > 0) {
+                const vfloat bent = vtanh(x * inverse_cap);
+                x = cap * bent;
+                if (m.softcap_slope) store(m.softcap_slope + at, splat(1.0f) - bent * bent);
+            }
             if (m.bias) x += load(m.bias + at);
             if (m.slopes) x -= slope * __builtin_convertvector(absolute(position - key), vfloat);
             if (m.first) x = select((low <= key) & (high >= key), x, masked);

@@ -1,0 +1,308 @@
+// Gradients of tiled attention: dq, dk, dv, and on demand of the bias.
+//
+// Work item: a share of the query rows of one KV head's group. Scores are computed again from q, k and the saved lse; dq stays with its
+// tile, dk and dv are summed in float32 memory of the share's own, so that results do not depend on which thread ran what.
+#pragma once
+#include "micro.h"
+#include "modifiers.h"
+#include "source.h"
+
+namespace attnreg {
+
+template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
+class Backward {
+  public:
+    explicit Backward(const Params& p)
+        : p_(p), documents_(p), group_(p.layout_offsets ? 1 : p.q_heads / p.kv_heads), tiles_(std::min<int64_t>(p.tiles, MAX_TILES)) {}
+
+    // 0, or 1 where a thread could not get its scratch memory.
+    int run() {
+        std::atomic<int> failed{0};
+        parallel_for(p_.batch * p_.kv_heads * p_.splits, p_.threads, [&](int64_t item, int64_t) {
+            char* scratch = Scratch::get(scratch_bytes());
+            if (scratch == nullptr) {
+                failed = 1;
+                return;
+            }
+            Worker(*this, scratch).differentiate(item);
+        });
+        return failed;
+    }
+
+  private:
+    static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
+    static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr int OPERANDS_V = (HEAD_V + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr int PADDED_K = (HEAD_K + LANES - 1) / LANES * LANES;
+    static constexpr int PADDED_V = (HEAD_V + LANES - 1) / LANES * LANES;
+    static constexpr int64_t MOST_ROWS = 16;
+    static constexpr int64_t ROUND = 8;  // keys of a tile's run are rounded up to it where the run goes on
+
+    struct GradientTile {
+        Tile<Operand> tile;   // `output` holds dq
+        Operand* d_out;       // [operands of a row][lanes]
+        Single *query_rows, *d_out_rows;  // [lane][PADDED], queries times scale
+        float *lse, *delta;   // [lanes]
+    };
+    struct Buffers {
+        Operand *keys, *values;
+        Single* key_rows;  // float32 rows, for dq
+        float *scores, *d_scores, *peak, *ones, *bias, *allowed, *softcap_slope;
+    };
+
+    size_t scratch_bytes() const {
+        Carver carver(nullptr);
+        Buffers buffers;
+        GradientTile tiles[MAX_TILES];
+        carve(carver, buffers, tiles);
+        return carver.used();
+    }
+
+    void carve(Carver& carver, Buffers& b, GradientTile* tiles) const {
+        const int64_t block = p_.block_kv + MOST_ROWS;
+        b.keys = carver.take<Operand>(block * OPERANDS_K);
+        b.values = carver.take<Operand>(block * OPERANDS_V);
+        b.key_rows = carver.take<Single>(block * HEAD_K);
+        b.scores = carver.take<float>(block * FULL);
+        b.d_scores = carver.take<float>(block * FULL);
+        b.peak = carver.take<float>(FULL);
+        b.ones = carver.take<float>(FULL);
+        b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
+        b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
+        b.softcap_slope = p_.softcap > 0 ? carver.take<float>(block * FULL) : nullptr;
+        for (int64_t t = 0; t < tiles_; ++t) {
+            place_tile<VECTORS, OPERANDS_K, HEAD_K>(carver, tiles[t].tile);
+            tiles[t].d_out = carver.take<Operand>(OPERANDS_V * FULL);
+            tiles[t].query_rows = carver.take<Single>(FULL * PADDED_K);
+            tiles[t].d_out_rows = carver.take<Single>(FULL * PADDED_V);
+            tiles[t].lse = carver.take<float>(FULL);
+            tiles[t].delta = carver.take<float>(FULL);
+        }
+    }
+
+    struct Run {
+        int64_t first, count;
+        const Operand *keys, *values;
+        const Single* key_rows;
+        int64_t key_stride, value_stride, key_row_stride;
+    };
+
+    class Worker {
+      public:
+        Worker(const Backward& shared, char* scratch) : f_(shared), p_(shared.p_) {
+            Carver carver(scratch);
+            f_.carve(carver, b_, tiles_);
+            std::fill(b_.ones, b_.ones + FULL, 1.0f);
+        }
+
+        void differentiate(int64_t item) {
+            const int64_t share = item % p_.splits, kv_head = item / p_.splits % p_.kv_heads;
+            s_ = sequence_at(p_, item / p_.splits / p_.kv_heads);
+            keys_ = key_source<T>(p_, s_, kv_head);
+            values_ = value_source<T>(p_, s_, kv_head);
+            // Shares have memory of their own, one after the other; each is laid out like k.
+            d_keys_ = gradient_rows(p_.d_k, share, p_.d_k_share, p_.d_k_batch, p_.d_k_head, p_.d_k_row, kv_head);
+            d_values_ = gradient_rows(p_.d_v, share, p_.d_v_share, p_.d_v_batch, p_.d_v_head, p_.d_v_row, kv_head);
+            const int64_t heads = p_.q_heads / p_.kv_heads;
+            rows_.group = f_.group_;
+            for (rows_.head = kv_head * heads; rows_.head < (kv_head + 1) * heads; rows_.head += f_.group_) {
+                const int64_t step = f_.tiles_ * FULL, total = s_.q_len * f_.group_;
+                // Blocks of rows are dealt out in turn, so that under a causal mask every share gets short and long ones.
+                for (rows_.first = share * step; rows_.first < total; rows_.first += p_.splits * step) {
+                    rows_.count = std::min(step, total - rows_.first);
+                    differentiate_rows();
+                }
+            }
+        }
+
+      private:
+        float* gradient_rows(void* base, int64_t share, int64_t share_stride, int64_t batch, int64_t head, int64_t row,
+                             int64_t kv_head) const {
+            const int64_t start = p_.cu_k ? s_.k_first * row : s_.batch * batch;
+            return static_cast<float*>(base) + share * share_stride + start + kv_head * head;
+        }
+
+        void differentiate_rows() {
+            begin();
+            Interval keys{INT32_MAX, -1};
+            for (int64_t n = 0; n < tile_count_; ++n) {
+                keys.first = std::min(keys.first, tiles_[n].tile.keys.any.first);
+                keys.last = std::max(keys.last, tiles_[n].tile.keys.any.last);
+            }
+            const int64_t end = std::min((keys.last + ROUND) / ROUND * ROUND, s_.k_len);
+            for (int64_t j = keys.first / ROUND * ROUND; j < end && keys.first <= keys.last; j += p_.block_kv) {
+                differentiate_run(j, std::min(p_.block_kv, end - j));
+            }
+            for (int64_t n = 0; n < tile_count_; ++n) finish(tiles_[n].tile);
+        }
+
+        void begin() {
+            Tile<Operand> cut[MAX_TILES];
+            tile_count_ = cut_tiles<VECTORS>(rows_, cut);
+            for (int64_t n = 0; n < tile_count_; ++n) {
+                GradientTile& g = tiles_[n];
+                g.tile.row = cut[n].row, g.tile.count = cut[n].count, g.tile.vectors = cut[n].vectors;
+                describe_tile(p_, s_, f_.documents_, rows_, g.tile);
+                load_tile(g);
+            }
+        }
+
+        template <class U>
+        U* row(U* base, int64_t batch, int64_t head, int64_t row_stride, int64_t r) const {
+            return row_pointer(base, batch, head, row_stride, s_, rows_, r, p_.cu_q != nullptr);
+        }
+
+        void load_tile(GradientTile& g) {
+            Tile<Operand>& t = g.tile;
+            const T *queries[FULL], *d_outs[FULL];
+            for (int64_t i = 0; i < t.count; ++i) {
+                queries[i] = row(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, t.row + i);
+                d_outs[i] = row(static_cast<const T*>(p_.d_out), p_.d_out_batch, p_.d_out_head, p_.d_out_row, t.row + i);
+            }
+            pack_lanes<HEAD_K>(queries, t.count, t.lanes(), t.query);
+            pack_lanes<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out);
+            pack_rows<HEAD_K, PADDED_K>(queries, t.count, t.lanes(), float(p_.scale), g.query_rows);
+            pack_rows<HEAD_V, PADDED_V>(d_outs, t.count, t.lanes(), 1.0f, g.d_out_rows);
+            std::fill(t.output, t.output + HEAD_K * t.lanes(), 0.0f);
+            for (int64_t i = 0; i < t.lanes(); ++i) {
+                g.lse[i] = INFINITY_F;  // makes every weight 0
+                g.delta[i] = 0.0f;
+                if (i >= t.count) continue;
+                const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t.row + i);
+                const float lse = *row(static_cast<const float*>(p_.lse), p_.lse_batch, p_.lse_head, p_.lse_row, t.row + i);
+                if (lse == -INFINITY_F) continue;
+                float delta = 0.0f;
+                for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * g.d_out_rows[i * PADDED_V + d].value;
+                if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t.row + i);
+                g.lse[i] = lse;
+                g.delta[i] = delta;
+            }
+        }
+
+        void differentiate_run(int64_t first, int64_t count) {
+            const int64_t padded = std::max(count, MOST_ROWS);
+            const auto key_at = [&](int64_t j) { return keys_.at(first + j); };
+            const auto value_at = [&](int64_t j) { return values_.at(first + j); };
+            pack_keys<HEAD_K, Operand, T>(key_at, count, padded, b_.keys);
+            pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
+            Run run{first, count, b_.keys, b_.values, nullptr, OPERANDS_K, OPERANDS_V, HEAD_K};
+            if constexpr (std::is_same<Operand, Single>::value) {
+                run.key_rows = b_.keys;
+            } else {
+                pack_keys<HEAD_K, Single, T>(key_at, count, count, b_.key_rows);
+                run.key_rows = b_.key_rows;
+            }
+            for (int64_t n = 0; n < tile_count_; ++n) differentiate_tile(run, tiles_[n]);
+        }
+
+        void differentiate_tile(const Run& whole, GradientTile& g) {
+            Run run = whole;
+            const int64_t end = whole.first + whole.count;
+            run.first = std::max(whole.first, g.tile.keys.any.first / ROUND * ROUND);
+            // Rounding up runs into keys that are masked for this tile; it spares the products an odd rest.
+            run.count = std::min(end, (g.tile.keys.any.last + ROUND) / ROUND * ROUND) - run.first;
+            if (run.count <= 0 || g.tile.keys.any.first >= end) return;
+            const int64_t skip = run.first - whole.first;
+            run.keys += skip * run.key_stride;
+            run.values += skip * run.value_stride;
+            run.key_rows += skip * run.key_row_stride;
+            switch (g.tile.vectors) {
+                case 1: return differentiate_vectors<1>(run, g);
+                case 2:
+                    if constexpr (VECTORS >= 2) return differentiate_vectors<2>(run, g);
+                    break;
+                case 3:
+                    if constexpr (VECTORS >= 3) return differentiate_vectors<3>(run, g);
+                    break;
+                case 4:
+                    if constexpr (VECTORS >= 4) return differentiate_vectors<4>(run, g);
+                    break;
+            }
+        }
+
+        template <int NV>
+        void differentiate_vectors(const Run& run, GradientTile& g) {
+            Tile<Operand>& t = g.tile;
+            constexpr int64_t lanes = NV * LANES;
+            Modifiers modifiers = modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
+            modifiers.softcap_slope = b_.softcap_slope;
+            // Buffers end MOST_ROWS past the longest run, so a short run's extra rows are stale but there.
+            const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
+            multiply_scores<NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+            multiply_scores<NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, b_.peak);
+            float scale = float(p_.scale);
+            if (!modifiers.plain()) {
+                modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
+                scale = 1.0f;
+            }
+            differentiate_softmax<NV>(run.count, scale, g);
+            if (p_.d_bias) scatter_bias(run, t);
+            if (p_.softcap > 0) {
+                for (int64_t i = 0; i < run.count * lanes; i += LANES) {
+                    store(b_.d_scores + i, load(b_.d_scores + i) * load(b_.softcap_slope + i));
+                }
+            }
+            const Single* weights = reinterpret_cast<const Single*>(b_.scores);
+            const Single* d_scores = reinterpret_cast<const Single*>(b_.d_scores);
+            accumulate_rows<PADDED_V>(run.count, lanes, weights, lanes, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
+            accumulate_rows<PADDED_K>(run.count, lanes, d_scores, lanes, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
+            multiply_values<NV, HEAD_K>(run.count, run.key_rows, run.key_row_stride, d_scores, t.output, b_.ones);
+        }
+
+        // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta).
+        template <int NV>
+        void differentiate_softmax(int64_t count, float scale, const GradientTile& g) {
+            const vfloat factor = splat(scale);
+            vfloat lse[NV], delta[NV];
+            for (int v = 0; v < NV; ++v) lse[v] = load(g.lse + v * LANES), delta[v] = load(g.delta + v * LANES);
+            for (int64_t j = 0; j < count; ++j) {
+                for (int v = 0; v < NV; ++v) {
+                    const int64_t at = (j * NV + v) * LANES;
+                    const vfloat weight = vexp(fma(load(b_.scores + at), factor, -lse[v]));
+                    const vfloat change = weight * (load(b_.d_scores + at) - delta[v]);
+                    store(b_.scores + at, weight);
+                    // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.
+                    store(b_.d_scores + at, select(weight == 0.0f, zero(), change));
+                }
+            }
+        }
+
+        // Each pair of row and key is met once, by one thread.
+        void scatter_bias(const Run& run, const Tile<Operand>& t) {
+            float* rows[FULL];
+            for (int64_t i = 0; i < t.count; ++i) {
+                const int64_t r = t.row + i;
+                rows[i] = p_.d_bias + ((s_.batch * p_.q_heads + rows_.head_of(r)) * p_.d_bias_rows + rows_.position(r)) * p_.d_bias_keys;
+            }
+            for (int64_t j = 0; j < run.count; ++j) {
+                for (int64_t i = 0; i < t.count; ++i) rows[i][run.first + j] = b_.d_scores[j * t.lanes() + i];
+            }
+        }
+
+        void finish(const Tile<Operand>& t) {
+            float factor[FULL];
+            T* pointers[FULL];
+            std::fill(factor, factor + FULL, float(p_.scale));
+            for (int64_t i = 0; i < t.count; ++i) {
+                pointers[i] = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t.row + i);
+            }
+            unpack_lanes<HEAD_K>(t.output, factor, t.count, t.lanes(), pointers);
+        }
+
+        const Backward& f_;
+        const Params& p_;
+        Buffers b_;
+        GradientTile tiles_[MAX_TILES];
+        int64_t tile_count_ = 0;
+        Sequence s_{};
+        ItemRows rows_{};
+        RowSource<T> keys_{}, values_{};
+        float *d_keys_ = nullptr, *d_values_ = nullptr;
+    };
+
+    const Params& p_;
+    Documents documents_;
+    int64_t group_, tiles_;
+};
+
+}  // namespace attnreg

@@ -1,0 +1,151 @@
+"""The native kernels under autograd: q, k, v, bias and sinks, and the gradient that arrives through lse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnreg_cpu.arguments import Arguments, dense_rows, strides_of
+from attnreg_cpu.variant import Kernel, check_status
+
+if TYPE_CHECKING:
+    from attnreg_cpu.native import Forward
+
+LANES = 16  # rows of float32 sums are padded to a multiple of the widest vector
+
+
+class Differentiable:
+    """run(q, k, v, **tensors) of one prepared problem whose inputs may need gradients."""
+
+    def __init__(self, forward: Forward, kernel: Kernel, arguments: Arguments) -> None:
+        self.forward = forward
+        self._kernel = kernel
+        self._arguments = arguments
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        rest = {name: x for name, x in tensors.items() if name not in ("bias", "sinks")}
+        out, lse = _Attention.apply(self, rest, q, k, v, tensors.get("bias"), tensors.get("sinks"))  # type: ignore[no-untyped-call]
+        return (out, lse) if self.forward.return_lse else out
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor],
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        with_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv, and the unreduced float32 gradient of the bias [B, Hq, Sq, Skv] if asked."""
+        (q, k, v), (out, lse) = (dense_rows(x) for x in inputs), results
+        forward = self.forward
+        batch, skv = forward.sizes(q, k, tensors)
+        kv_heads = k.shape[1] if forward.layout != "bshd" else k.shape[2]
+        d_out = dense_rows(d_out)
+        # Packed rows of no sequence are never written.
+        d_q = (torch.zeros if forward.layout == "thd" else torch.empty)(q.shape, dtype=q.dtype)
+        shares = -(-torch.get_num_threads() // max(batch * kv_heads, 1))
+        d_k, d_v = _sums(k, shares), _sums(v, shares)
+        d_bias = None
+        more: dict[str, int] = {"splits": shares}
+        if with_bias:
+            d_bias = torch.zeros(batch, lse.shape[-2], *_bias_size(q, skv, tensors, forward.layout))
+            more |= {"d_bias": d_bias.data_ptr(), "d_bias_rows": d_bias.shape[2], "d_bias_keys": d_bias.shape[3]}
+        layout = forward.layout
+        _put(more, "d_out", d_out, layout)
+        _put(more, "d_q", d_q, layout)
+        for name, sums in (("d_k", d_k), ("d_v", d_v)):
+            _put(more, name, sums[0], layout)
+            more[f"{name}_share"] = sums.stride(0)
+        if d_lse is not None:
+            d_lse = d_lse.contiguous()
+            more["d_lse"] = d_lse.data_ptr()
+            more |= {"d_lse_row": d_lse.stride(-1), "d_lse_head": d_lse.stride(-2)}
+            more["d_lse_batch"] = d_lse.stride(0) if layout != "thd" else 0
+        tail, kept = self._arguments.tail(tensors, more)
+        check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail))
+        del kept
+        return d_q, _finished(d_k, k), _finished(d_v, v), d_bias
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Differentiable,
+        tensors: dict[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        named = {**tensors, **{n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}}
+        out, lse = call.forward.compute(q, k, v, named, with_lse=True)
+        assert lse is not None
+        ctx.call, ctx.tensors = call, tensors
+        ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, bias, sinks = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return (None,) * 7
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        call: Differentiable = ctx.call
+        named = {**ctx.tensors, **({} if bias is None else {"bias": bias})}
+        with_bias = bias is not None and ctx.needs_input_grad[5]
+        d_q, d_k, d_v, d_bias = call.gradients((q, k, v), named, (out, lse), d_out, d_lse, with_bias)
+        if d_bias is not None:
+            d_bias = d_bias.sum_to_size(bias.shape).to(bias.dtype)
+        d_sinks = None
+        if sinks is not None and ctx.needs_input_grad[6]:
+            d_sinks = _sink_gradient(sinks, out, lse, d_out, d_lse, call.forward.layout)
+        return None, None, d_q, d_k, d_v, d_bias, d_sinks
+
+
+def _sums(x: Tensor, shares: int) -> Tensor:
+    """Float32 zeros shaped like x, once a share, with rows padded to whole vectors."""
+    padded = -(-x.shape[-1] // LANES) * LANES
+    return torch.zeros(shares, *x.shape[:-1], padded)
+
+
+def _finished(sums: Tensor, x: Tensor) -> Tensor:
+    total = sums[0] if sums.shape[0] == 1 else sums.sum(0)
+    return total[..., : x.shape[-1]].to(x.dtype).contiguous()
+
+
+def _put(more: dict[str, int], name: str, x: Tensor, layout: str) -> None:
+    """Pointer and strides of a gradient in the spec's layout."""
+    more[name] = x.data_ptr()
+    for part, stride in zip(("batch", "head", "row"), strides_of(x, layout), strict=True):
+        more[f"{name}_{part}"] = stride
+
+
+def _bias_size(q: Tensor, skv: int, tensors: Mapping[str, Any], layout: str) -> tuple[int, int]:
+    """Rows and keys of the bias that a call may read."""
+    if layout != "thd":
+        return (q.shape[2] if layout == "bhsd" else q.shape[1]), skv
+    keys = tensors.get("cu_seqlens_k")
+    longest = int(tensors["cu_seqlens_q"].diff().max()) if len(tensors["cu_seqlens_q"]) > 1 else 0
+    return longest, skv if keys is None else (int(keys.diff().max()) if len(keys) > 1 else 0)
+
+
+def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str) -> Tensor:
+    """The sink joins the denominator only: its weight times (d_lse - out . d_out), summed over rows and batch."""
+    change = -(out.float() * d_out.float()).sum(-1)
+    if layout != "bhsd":
+        change = change.transpose(-1, -2)
+    if d_lse is not None:
+        change = change + d_lse
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float().view(-1, 1) - lse))
+    total = weight * change
+    return (total.sum((0, 2)) if total.dim() == 3 else total.sum(1)).to(sinks.dtype)
