@@ -1,0 +1,79 @@
+"""Attention in float64 by plain products: for inputs whose masked values overflow torch's kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["attend", "clamped", "has_nan", "too_large"]
+
+LARGE = 1e15  # products of two values below this, summed over any head_dim, stay finite in float32
+PAIRS = 1 << 24  # scores held at once
+
+
+def has_nan(out: Tensor) -> bool:
+    """Does the output hold a NaN? One sum, since NaN survives it; infinities of both signs count as one too."""
+    total = float(out.detach().sum())
+    return total != total
+
+
+def too_large(k: Tensor, v: Tensor) -> bool:
+    """May products with k or v overflow float32? Reads both once; never true for float16."""
+    if k.dtype == torch.float16 or k.numel() == 0 or v.numel() == 0:
+        return False
+    for x in (k, v):
+        low, high = torch.aminmax(x.detach())
+        if not (float(low) > -LARGE and float(high) < LARGE):
+            return True
+    return False
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and natural-log lse [B, Hq, Sq], both float64, differentiable, in chunks of rows.
+
+    q [B, Hq, Sq, D], k and v [B, Hkv, Skv, ...]; mask additive [B or 1, Hq or 1, Sq, Skv]; causal counts from
+    the top left. Masked pairs leave no trace, forward or backward, whatever finite values k and v hold.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    sq, skv = q.shape[2], k.shape[2]
+    step = max(1, PAIRS // max(1, q.shape[0] * q.shape[1] * skv))
+    outs, lses = [], []
+    for first in range(0, max(sq, 1), step):
+        rows = q[:, :, first : first + step].double()
+        scores = (rows @ keys.mT) * scale
+        allowed = torch.ones(rows.shape[2], skv, dtype=torch.bool, device=q.device)
+        if causal:
+            allowed = allowed.tril(first)
+        if mask is not None:
+            part = mask[:, :, first : first + step].double()
+            allowed = allowed & (part > -math.inf)
+            scores = scores + torch.where(allowed, part, 0.0)
+        any_key = allowed.any(-1, keepdim=True)
+        # A row without a key attends all of them here, so that its softmax has a gradient, and is cut below.
+        lse = scores.masked_fill(~allowed & any_key, -math.inf).logsumexp(-1, keepdim=True)
+        # Both fills, before and after the exponential, keep inf * 0 out of the gradient.
+        p = torch.where(allowed, (scores.masked_fill(~allowed, -math.inf) - lse).exp(), 0.0)
+        outs.append(p @ values)
+        lses.append(torch.where(any_key, lse, -math.inf).squeeze(-1))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def clamped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """k and v made harmless without reading a value on the host: for traces and GPUs.
+
+    Keys that no query attends become 0. What is left of k is clamped where its product with the largest query
+    would overflow float32, which no finite result can need.
+    """
+    allowed = mask.detach() > -math.inf
+    alive = allowed.any(-2)
+    if alive.shape[1] not in (1, k.shape[1]):
+        alive = alive.reshape(alive.shape[0], k.shape[1], -1, alive.shape[2]).any(2)
+    k, v = (torch.where(alive.unsqueeze(-1), x, 0) for x in (k, v))
+    if k.dtype == torch.float16:
+        return k, v
+    most = torch.finfo(torch.float32).max / (4 * q.shape[-1] * max(abs(scale), 1.0))
+    limit = (most / q.detach().abs().amax().float().clamp(min=1.0)).to(k.dtype)
+    return k.clamp(-limit, limit), v
