@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from attnreg._node import Node, check_int
-from attnreg.errors import SpecError
+from attnreg.errors import MissingTensorError, SpecError
 
 __all__ = [
     "And",
@@ -88,20 +88,29 @@ class Mask(Node):
     def __invert__(self) -> Mask:
         return self.of if isinstance(self, Not) else Not(self)
 
-    def show(self, sq: int, skv: int, *, width: int = 64, **tensors: Tensor) -> str:
-        """A picture of the mask in text, for `sq` queries aligned bottom-right on `skv` keys.
+    def show(self, sq: int, skv: int, *, width: int = 64, offset: int | None = None, **tensors: Tensor) -> str:
+        """A picture of the mask in text, for `sq` queries on `skv` keys.
 
-        Each character stands for a block of pairs: full, partly or not allowed. `tensors` are the call tensors
-        that the mask needs (`kv_lengths`, `document_ids`, ...), for batch 0 and head 0.
+        Each character stands for a block of pairs: all, some or none of them may attend. offset: the position of
+        row 0; None is bottom-right, skv - sq. tensors: the call tensors that the mask needs (`kv_lengths`,
+        `document_ids`, ...), for batch 0 and head 0. Raises InputError for one that is missing or a size below 1.
         """
         from attnreg._picture import text
 
-        return text(self.allows, sq, skv, width=width, tensors=tensors)
+        self._has(tensors)
+        return text(self.allows, sq, skv, width=width, offset=offset, tensors=tensors, title=repr(self))
 
     def _repr_svg_(self) -> str | None:
-        from attnreg._picture import svg
+        from attnreg._svg import svg
 
-        return None if self.tensors() else svg(self.allows, 64, 64)
+        if self.tensors():
+            return None
+        size = picture_size(self)
+        return svg(self.allows, size, size, title=repr(self))
+
+    def _has(self, tensors: Mapping[str, Any]) -> None:
+        for name in sorted(self.tensors() - tensors.keys()):
+            raise MissingTensorError(name, f"{self!r} needs it to be drawn; pass {name}=")
 
 
 def _compose(kind: type[And] | type[Or], left: Mask, right: object) -> Mask:
@@ -400,6 +409,14 @@ def longformer(window: int, tokens: tuple[int, ...] | None = None) -> Mask:
 def walk(mask: Mask) -> list[Mask]:
     """The expression and everything inside it, outermost first."""
     return [mask, *(inner for part in mask.parts() for inner in walk(part))]
+
+
+def picture_size(of: Node) -> int:
+    """A power of two of queries and keys that shows a mask's or pattern's widest feature, within 64 .. 16384."""
+    nodes = walk(of) if isinstance(of, Mask) else [of]
+    said = [getattr(x, f.name) for x in nodes for f in fields(x)]  # type: ignore[arg-type]  # all are dataclasses
+    wide = max((n for n in said if isinstance(n, int)), default=0)
+    return 1 << min(max(4 * wide - 1, 63).bit_length(), 14)
 
 
 def take(table: Tensor, *index: Tensor) -> Tensor:

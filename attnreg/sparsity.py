@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnreg._node import Node, check_int
+from attnreg.errors import MissingTensorError
 from attnreg.masks import Coords, take
 
 __all__ = ["BigBird", "Blocks", "Dense", "Sparsity", "Strided"]
@@ -33,6 +34,16 @@ class Sparsity(Node):
         skv: keys of a sequence; [B] int64 where the coordinates span sequences of different lengths.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it allows")
+
+    def show(self, sq: int, skv: int, *, width: int = 64, offset: int | None = None, **tensors: Tensor) -> str:
+        """A picture of the pattern in text, as `Mask.show` draws it, for batch 0 and head 0."""
+        from attnreg._picture import text
+
+        for name in sorted(self.tensors() - tensors.keys()):
+            raise MissingTensorError(name, f"{self!r} needs it to be drawn; pass {name}=")
+        return text(
+            lambda c: self.allows(c, skv), sq, skv, width=width, offset=offset, tensors=tensors, title=repr(self)
+        )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from attnreg.errors import SpecError
-from attnreg.masks import Full, Mask
+from attnreg.errors import MissingTensorError, SpecError
+from attnreg.masks import Full, Mask, picture_size
 from attnreg.scores import ScaledDot, Score
 from attnreg.sparsity import Dense, Sparsity
 
@@ -202,6 +202,26 @@ class AttentionSpec(_Frozen):
         """A hash of the meaning that is the same in every process and release: 16 hex digits."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def show(self, sq: int, skv: int, *, width: int = 64, **tensors: Any) -> str:
+        """A picture in text of mask AND sparsity for `sq` queries on `skv` keys, placed as `align` says.
+
+        For batch 0 (thd: sequence 0) and head 0. tensors: the call's, by name; more than needed may be given.
+        Raises MissingTensorError for one that the picture needs, InputError for a size below 1.
+        """
+        from attnreg._picture import of_spec, text
+
+        return text(**of_spec(self, sq, skv, tensors), width=width)
+
+    def _repr_svg_(self) -> str | None:
+        from attnreg._picture import of_spec
+        from attnreg._svg import svg
+
+        size = max(picture_size(self.mask), picture_size(self.sparsity))
+        try:
+            return svg(**of_spec(self, size, size, {}))
+        except MissingTensorError:  # a notebook then shows the text form
+            return None
 
     def __repr__(self) -> str:
         default = type(self).model_fields

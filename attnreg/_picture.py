@@ -1,0 +1,251 @@
+"""Pictures of masks and block layouts in text, and the coarse survey that they are drawn from.
+
+Small masks are drawn exactly. Above 2**24 pairs a cell is judged by its middle row and column, read in full, and a
+grid of points: whatever runs through its middle is seen, however thin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attnreg.errors import InputError, MissingTensorError
+from attnreg.masks import Coords
+from attnreg.sparsity import Dense
+
+if TYPE_CHECKING:
+    from attnreg.blocks import BlockLayout
+    from attnreg.spec import AttentionSpec
+
+__all__ = ["ALL", "NONE", "SOME", "Survey", "draw", "of_blocks", "of_spec", "survey", "text"]
+
+Allows = Callable[[Coords], Tensor]
+Flags = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+At = Callable[[Ints, Ints], Flags]
+
+NONE, SOME, ALL = 0, 1, 2
+MARKS = "·▒█"
+EXACT = 1 << 24
+AT_ONCE = 1 << 22
+TALLEST = 32
+POINTS = 8
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What each cell of a coarse grid over sq x skv pairs holds: NONE, SOME or ALL of its pairs."""
+
+    cells: npt.NDArray[np.int8]
+    sq: int
+    skv: int
+    live: int | None
+    """Live pairs, where they were counted."""
+
+
+def survey(
+    allows: Allows,
+    sq: int,
+    skv: int,
+    rows: int,
+    columns: int,
+    *,
+    offset: int | None = None,
+    tensors: Mapping[str, Any] | None = None,
+    packed: bool = False,
+) -> Survey:
+    """Batch 0 and head 0, on a grid of at most rows x columns cells. offset: position of row 0; None: skv - sq."""
+    for name, n in (("sq", sq), ("skv", skv), ("width", columns)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError(name, f"expected an integer >= 1, got {n!r}")
+    given = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in (tensors or {}).items()}
+    shift = skv - sq if offset is None else offset
+    zero = torch.zeros((1, 1), dtype=torch.int64)
+
+    def at(i: Ints, j: Ints) -> Flags:
+        row, key = torch.from_numpy(i)[:, None], torch.from_numpy(j)[None, :]
+        found = allows(Coords(zero, zero, row, row + shift, key, given, packed))
+        flags: Flags = found.expand(i.size, j.size).numpy()
+        return flags
+
+    top, left = _edges(sq, rows), _edges(skv, columns)
+    if sq * skv <= EXACT:
+        count = _counts(at, top, left)
+        area = np.diff(top)[:, None] * np.diff(left)
+        return Survey(_kinds(count > 0, count == area), sq, skv, int(count.sum()))
+    some = np.zeros((top.size - 1, left.size - 1), dtype=bool)
+    every = ~some
+    for flags, inner in _samples(at, top, left):
+        some |= flags
+        every &= inner
+    return Survey(_kinds(some, every), sq, skv, None)
+
+
+def of_spec(spec: AttentionSpec, sq: int, skv: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What `text` and `svg` need to draw a spec's mask AND sparsity, with the queries where its `align` puts them."""
+    packed = spec.layout == "thd"
+    names = set(spec.mask.tensors() | spec.sparsity.tensors()) - ({"document_ids"} if packed else set())
+    names |= {"query_offset"} if spec.align == "offset" else set()
+    for name in sorted(names):
+        if not isinstance(tensors.get(name), Tensor):
+            raise MissingTensorError(name, f"the picture of {spec!r} needs it; pass {name}=")
+    lengths = next((tensors[n] for n in ("kv_lengths", "seqused_k") if isinstance(tensors.get(n), Tensor)), None)
+    if spec.align == "offset":
+        offset = int(tensors["query_offset"][0])
+    elif spec.align == "top_left":
+        offset = 0
+    else:
+        offset = (skv if lengths is None else int(lengths[0])) - sq
+    dense = type(spec.sparsity) is Dense
+
+    def allows(c: Coords) -> Tensor:
+        return spec.mask.allows(c) if dense else spec.mask.allows(c) & spec.sparsity.allows(c, skv)
+
+    title = repr(spec.mask) if dense else f"{spec.mask!r}, {spec.sparsity!r}"
+    given = {name: tensors[name] for name in names}
+    return {
+        "allows": allows, "sq": sq, "skv": skv, "offset": offset, "tensors": given, "packed": packed, "title": title,
+    }  # fmt: skip
+
+
+def _edges(n: int, cells: int) -> Ints:
+    cells = max(1, min(n, cells))
+    return np.arange(cells + 1, dtype=np.int64) * n // cells
+
+
+def _kinds(some: Flags, every: Flags) -> npt.NDArray[np.int8]:
+    return np.where(every, ALL, np.where(some, SOME, NONE)).astype(np.int8)
+
+
+def _counts(at: At, top: Ints, left: Ints) -> Ints:
+    """Live pairs of each cell, from whole cell rows in bounded memory."""
+    keys = np.arange(left[-1])
+    out = np.zeros((top.size - 1, left.size - 1), dtype=np.int64)
+    for n, rows in _bands(top, keys.size):
+        out[n] += np.add.reduceat(np.count_nonzero(at(rows, keys), axis=0), left[:-1])
+    return out
+
+
+def _bands(top: Ints, wide: int) -> Iterator[tuple[int, Ints]]:
+    """The rows of each cell row, in pieces of at most AT_ONCE pairs."""
+    step = max(1, AT_ONCE // wide)
+    for n in range(top.size - 1):
+        for start in range(int(top[n]), int(top[n + 1]), step):
+            yield n, np.arange(start, min(start + step, int(top[n + 1])))
+
+
+def _samples(at: At, top: Ints, left: Ints) -> Iterator[tuple[Flags, Flags]]:
+    """(some, every) of each cell, by its middle row, its middle column, and points inside and on its corners."""
+    keys = np.arange(left[-1])
+    shape = (top.size - 1, left.size - 1)
+    count = np.zeros(shape, dtype=np.int64)
+    for n, row in enumerate((top[:-1] + top[1:]) // 2):
+        count[n] = np.diff(np.searchsorted(np.flatnonzero(at(row[None], keys)[0]), left))
+    yield count > 0, count == np.diff(left)
+    count = np.zeros(shape, dtype=np.int64)
+    middle = (left[:-1] + left[1:]) // 2
+    for n, rows in _bands(top, middle.size):
+        count[n] += np.count_nonzero(at(rows, middle), axis=0)
+    yield count > 0, count == np.diff(top)[:, None]
+    inside = at(_points(top), _points(left)).reshape(shape[0], POINTS, shape[1], POINTS)
+    yield np.asarray(inside.any((1, 3))), np.asarray(inside.all((1, 3)))
+
+
+def _points(edges: Ints) -> Ints:
+    """POINTS places in each cell, evenly, from its first to its last."""
+    low, high = edges[:-1, None], edges[1:, None] - 1
+    places: Ints = (low + (high - low) * np.arange(POINTS) // (POINTS - 1)).reshape(-1)
+    return places
+
+
+def text(
+    allows: Allows,
+    sq: int,
+    skv: int,
+    *,
+    width: int = 64,
+    offset: int | None = None,
+    tensors: Mapping[str, Any] | None = None,
+    packed: bool = False,
+    title: str = "",
+) -> str:
+    """The picture in characters, at most `width` of them across; see `survey` for the rest."""
+    columns = max(1, min(skv, width)) if isinstance(skv, int) and isinstance(width, int) else width
+    # A character is twice as tall as wide: so are the cells, unless the mask is small enough for pairs as squares.
+    small = 2 * skv <= width and sq <= TALLEST
+    rows = sq if small else max(1, min(TALLEST, sq, round(columns * sq / (2 * skv))))
+    seen = survey(allows, sq, skv, rows, columns, offset=offset, tensors=tensors, packed=packed)
+    return draw(seen, title=title, wide=2 if small else 1)
+
+
+def draw(seen: Survey, *, title: str = "", wide: int = 1, unit: str = "pairs", verb: str = "attend") -> str:
+    """A survey as lines of text: axes, cells, and a legend."""
+    rows, columns = seen.cells.shape
+    top = _edges(seen.sq, rows)
+    margin = max(len(str(int(top[-2]))), len("query"))
+    lines = [title] if title else []
+    lines += [f"{'query':>{margin}} ┌{_ruler(seen.skv, columns, wide)}  key"]
+    step = max(1, -(-rows // 8))
+    for n in range(rows):
+        label = str(int(top[n])) if n % step == 0 else ""
+        lines.append(f"{label:>{margin}} │" + "".join(MARKS[kind] * wide for kind in seen.cells[n]))
+    lines.append("")
+    per = f"each mark {_about(seen.sq, rows)} x {_about(seen.skv, columns)} {unit}"
+    share = (
+        "" if seen.live is None else f"   {_percent(seen.live, seen.sq * seen.skv)} of {seen.sq} x {seen.skv} {verb}"
+    )
+    lines.append(f"{' ' * margin}  {MARKS[ALL]} all  {MARKS[SOME]} some  {MARKS[NONE]} none   {per}{share}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def of_blocks(layout: BlockLayout, *, batch: int = 0, head: int = 0, width: int = 64) -> str:
+    """A block layout as text: marks are blocks, or groups of blocks where there are more than `width`."""
+    for name, n, many in (("batch", batch, layout.batch), ("head", head, layout.heads)):
+        if not 0 <= n < many:
+            raise InputError(name, f"expected 0 <= {name} < {many}, got {n}")
+    if not layout.n_q * layout.n_kv:
+        return f"{layout!r}: no pairs"
+    lead = (batch if layout.n_batch > 1 else 0) * layout.n_heads + (head if layout.n_heads > 1 else 0)
+    ptr = layout.row_ptr[lead * layout.n_q : (lead + 1) * layout.n_q + 1].cpu().numpy()
+    row = np.repeat(np.arange(layout.n_q), np.diff(ptr))
+    entries = slice(int(ptr[0]), int(ptr[-1]))
+    col, full = layout.col_idx[entries].cpu().numpy(), layout.tile_idx[entries].cpu().numpy() < 0
+    top, left = _edges(layout.n_q, TALLEST), _edges(layout.n_kv, width)
+    at = (np.searchsorted(top, row, side="right") - 1, np.searchsorted(left, col, side="right") - 1)
+    live, whole = np.zeros((2, top.size - 1, left.size - 1), dtype=np.int64)
+    np.add.at(live, at, 1)
+    np.add.at(whole, at, full)
+    cells = _kinds(live > 0, whole == np.diff(top)[:, None] * np.diff(left))
+    seen = Survey(cells, layout.n_q, layout.n_kv, int(live.sum()))
+    title = f"blocks of {layout.block_q} x {layout.block_kv}: batch {batch}, head {head}"
+    return draw(seen, title=title, unit="blocks", verb="are live")
+
+
+def _ruler(skv: int, columns: int, wide: int) -> str:
+    """Key numbers over their columns, at even steps."""
+    left = _edges(skv, columns)
+    room = len(str(skv)) + 2
+    step = 1
+    while step * wide < room:
+        step *= 2
+    marks = [str(int(left[n])).ljust(step * wide, "─") for n in range(0, columns, step)]
+    marks[-1] = marks[-1].rstrip("─")
+    line = "".join(marks)
+    if len(line) > columns * wide and len(marks) > 1:
+        line = "".join(marks[:-1])
+    return line.ljust(columns * wide, "─")
+
+
+def _about(n: int, cells: int) -> str:
+    return str(n // cells) if n % cells == 0 else f"~{round(n / cells)}"
+
+
+def _percent(part: int, whole: int) -> str:
+    share = 100 * part / whole
+    return f"{share:.3g}%" if share < 99.95 or part == whole else "99.9%"
