@@ -4,12 +4,18 @@ A sequence is found from a program's index without any host knowledge of the len
 of a grid of `total // block + sequences` tiles belongs to the last sequence i with `start_i // block + i <= t`.
 """
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from .arguments import Rows, Sequence
+from .plan import MAX_KEYS
+
+FAR = tl.constexpr(MAX_KEYS)
 
 
 @triton.jit
@@ -28,7 +34,8 @@ def load_sequence(lengths, batch):
     if lengths.kv_lengths is not None:
         kv_len = tl.minimum(kv_len, tl.load(lengths.kv_lengths + batch).to(tl.int32))
     if lengths.query_offset is not None:
-        offset = tl.load(lengths.query_offset + batch).to(tl.int32)
+        # No key stands beyond FAR, so a farther offset means the same.
+        offset = tl.minimum(tl.maximum(tl.load(lengths.query_offset + batch), -FAR), FAR).to(tl.int32)
     else:
         offset = (kv_len - q_len) * lengths.bottom_right
     return Sequence(batch, q_start, q_len, kv_start, kv_len, offset)
@@ -63,7 +70,7 @@ def prefix_length(mask, sequence):
     if mask.prefix is not None:
         length = mask.prefix
     if mask.prefix_lengths is not None:
-        length = tl.load(mask.prefix_lengths + sequence.batch).to(tl.int32)
+        length = tl.minimum(tl.load(mask.prefix_lengths + sequence.batch), FAR).to(tl.int32)
     return length
 
 
@@ -120,6 +127,8 @@ def key_range(mask, sequence, position, first, last, prefix, BLOCK: tl.constexpr
         document_first, document_last = document_span(mask, sequence, position)
         begin = tl.maximum(begin, document_first)
         end = tl.minimum(end, document_last + 1)
+        # Which rows share a document is known only row by row: nothing is full.
+        full_begin = 0
         full_end = 0
     return round_range(begin, full_begin, full_end, end, BLOCK)
 
@@ -141,6 +150,7 @@ def query_range(mask, sequence, keys, first, last, prefix, GROUP: tl.constexpr, 
         document_first, document_last = document_span(mask, sequence, keys)
         begin = tl.maximum(begin, document_first - sequence.offset)
         end = tl.minimum(end, document_last + 1 - sequence.offset)
+        full_begin = 0
         full_end = 0
     if last >= sequence.kv_len:
         full_end = 0

@@ -5,6 +5,9 @@ a tile of keys and so sum over the heads of a group. Algorithm: FlashAttention-2
 `ds = w * (dp - delta)` and `delta = rowsum(o * do) - dlse`, which carries the gradient of lse too.
 """
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
@@ -95,7 +98,7 @@ def visit_keys(
         v_pointers = key_pointers(v, sequence, kv_head, keys, start, None)
         v_tile = load_matrix(v_pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, MASKED)
         scores, capped = finish_scores(
-            head_products(q, q_tail, k_tile, k_tail, PRECISION), score, sequence, rows, keys[None, :]
+            head_products(q, q_tail, k_tile, k_tail, TAIL, PRECISION), score, sequence, rows, keys[None, :], False
         )
         dp = product(do, tl.trans(v_tile), PRECISION)
         allowed = None
@@ -104,12 +107,14 @@ def visit_keys(
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys[None, :])
-        _, ds, _ = score_gradient(scores, capped, dp, lse, delta, allowed, keep, dropout)
+        _, ds, _ = score_gradient(scores, capped, dp, lse, delta, allowed, keep, score, dropout)
         ds = narrow(ds, k_tile.dtype)
         dq = multiply(ds, k_tile, dq, PRECISION)
         if TAIL > 0:
             dq_tail = multiply(ds, k_tail, dq_tail, PRECISION)
-    return dq, dq_tail
+    if TAIL > 0:
+        return dq, dq_tail
+    return dq, dq
 
 
 @triton.jit
@@ -168,7 +173,7 @@ def backward_q_kernel(
     prefix = prefix_length(mask, sequence)
     begin, full_begin, full_end, end = key_range(mask, sequence, index.position, first, last, prefix, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc_tail = None
+    acc_tail = acc
     if TAIL > 0:
         acc_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
     if (mask.left is not None) and (mask.document_first is None):
@@ -236,8 +241,8 @@ def visit_rows(
         do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), index.valid, DV, BLOCK_DV, MASKED)
         row_lse = load_lse(lse, sequence, index.query, index.head, index.valid)[None, :]
         row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=index.valid, other=0.0)
-        products = head_products(k, k_tail, q_tile, q_tail, PRECISION)
-        scores, capped = finish_scores(products, score, sequence, rows, keys)
+        products = head_products(k, k_tail, q_tile, q_tail, TAIL, PRECISION)
+        scores, capped = finish_scores(products, score, sequence, rows, keys, False)
         dp = product(v, tl.trans(do), PRECISION)
         allowed = None
         if MASKED:
@@ -245,13 +250,15 @@ def visit_rows(
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys)
-        weights, ds, _ = score_gradient(scores, capped, dp, row_lse, row_delta[None, :], allowed, keep, dropout)
+        weights, ds, _ = score_gradient(scores, capped, dp, row_lse, row_delta[None, :], allowed, keep, score, dropout)
         dv = multiply(narrow(weights, do.dtype), do, dv, PRECISION)
         ds = narrow(ds, q_tile.dtype)
         dk = multiply(ds, q_tile, dk, PRECISION)
         if TAIL > 0:
             dk_tail = multiply(ds, q_tail, dk_tail, PRECISION)
-    return dk, dk_tail, dv
+    if TAIL > 0:
+        return dk, dk_tail, dv
+    return dk, dk, dv
 
 
 @triton.jit
@@ -311,7 +318,7 @@ def backward_kv_kernel(
     if start >= sequence.kv_len:
         end = begin
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk_tail = None
+    dk_tail = dk_acc
     if TAIL > 0:
         dk_tail = tl.zeros([BLOCK_N, TAIL], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

@@ -4,6 +4,9 @@ No atomics and no [B, Hq, Sq, Skv] buffer: a tile of a [1, Hq, Sq, Skv] bias vis
 every query of every head of every batch, always in the same order.
 """
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
@@ -57,9 +60,7 @@ def bias_tile(
     keys = start_n + tl.arange(0, BLOCK_N)
     inside = keys < sequence.kv_len
     kv_head = head // GROUP
-    q_tile, q_tail = load_head(
-        row_pointers(q, sequence, index.query, index.head), index.valid, D, BLOCK_D, TAIL, True
-    )
+    q_tile, q_tail = load_head(row_pointers(q, sequence, index.query, index.head), index.valid, D, BLOCK_D, TAIL, True)
     k_tile, k_tail = load_head(key_pointers(k, sequence, kv_head, keys, start_n, None), inside, D, BLOCK_D, TAIL, True)
     v_pointers = key_pointers(v, sequence, kv_head, keys, start_n, None)
     v_tile = load_matrix(v_pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, True)
@@ -67,14 +68,14 @@ def bias_tile(
     do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), index.valid, DV, BLOCK_DV, True)
     row_lse = load_lse(lse, sequence, index.query, index.head, index.valid)[:, None]
     row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=index.valid, other=0.0)[:, None]
-    products = head_products(q_tile, q_tail, k_tile, k_tail, PRECISION)
-    scores, capped = finish_scores(products, score, sequence, rows, keys[None, :])
+    products = head_products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
+    scores, capped = finish_scores(products, score, sequence, rows, keys[None, :], False)
     dp = product(do, tl.trans(v_tile), PRECISION)
     allowed = allow(mask, sequence, rows, keys[None, :], prefix_length(mask, sequence))
     keep = None
     if dropout is not None:
         keep = keep_mask(dropout, sequence, rows, keys[None, :])
-    _, _, gradient = score_gradient(scores, capped, dp, row_lse, row_delta, allowed, keep, dropout)
+    _, _, gradient = score_gradient(scores, capped, dp, row_lse, row_delta, allowed, keep, score, dropout)
     return gradient
 
 

@@ -5,6 +5,9 @@ keys are cut into `splits` equal runs and each program writes a normalised parti
 Algorithm: FlashAttention-2 (Dao, 2023); splits: Flash-Decoding (Dao et al., 2023).
 """
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
@@ -54,6 +57,7 @@ def attend(
     TAIL: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Visit keys begin..end in tiles of BLOCK_N and fold them into the softmax state."""
@@ -63,11 +67,11 @@ def attend(
         k_tile, k_tail = load_head(
             key_pointers(k, sequence, kv_head, keys, start, pages), inside, D, BLOCK_D, TAIL, MASKED
         )
-        products = head_products(q, q_tail, k_tile, k_tail, PRECISION)
-        scores, capped = finish_scores(products, score, sequence, rows, keys[None, :])
+        products = head_products(q, q_tail, k_tile, k_tail, TAIL, PRECISION)
+        scores, _ = finish_scores(products, score, sequence, rows, keys[None, :], FOLD)
         if MASKED:
             scores = tl.where(allow(mask, sequence, rows, keys[None, :], prefix), scores, float("-inf"))
-        weights, decay, maximum, total = softmax_step(scores, maximum, total)
+        weights, decay, maximum, total = softmax_step(scores, maximum, total, score, FOLD)
         if dropout is not None:
             weights = tl.where(keep_mask(dropout, sequence, rows, keys[None, :]), weights, 0.0)
         pointers = key_pointers(v, sequence, kv_head, keys, start, pages)
@@ -115,6 +119,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out and lse of BLOCK_M packed rows. Grid: tiles x splits x KV heads (x batches where sequences are dense)."""
@@ -152,7 +157,7 @@ def forward_kernel(
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None:
+    if sinks is not None:  # noqa: SIM102  # one condition is known to the compiler, the other at run time
         if split == 0:
             maximum = tl.load(sinks + row_index.head, mask=valid, other=0.0).to(tl.float32) * LOG2E
             total = tl.where(maximum == float("-inf"), 0.0, 1.0)
@@ -160,16 +165,16 @@ def forward_kernel(
     if (mask.left is not None) and (mask.document_first is None):
         accumulator, maximum, total = attend(
             accumulator, maximum, total, q_tile, q_tail, k, v, sequence, kv_head, rows, mask, prefix, score, dropout,
-            pages, begin, full_begin, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+            pages, begin, full_begin, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
         )  # fmt: skip
     if mask.document_first is None:
         accumulator, maximum, total = attend(
             accumulator, maximum, total, q_tile, q_tail, k, v, sequence, kv_head, rows, mask, prefix, score, dropout,
-            pages, full_begin, full_end, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+            pages, full_begin, full_end, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
         )  # fmt: skip
     accumulator, maximum, total = attend(
         accumulator, maximum, total, q_tile, q_tail, k, v, sequence, kv_head, rows, mask, prefix, score, dropout,
-        pages, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+        pages, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
     )  # fmt: skip
 
     empty = total == 0.0

@@ -20,7 +20,7 @@ from .launch import (
     sizes,
     strided,
 )
-from .plan import Plan, Tile
+from .plan import Plan
 
 
 def forward_kernel() -> Any:
@@ -38,11 +38,13 @@ def merge_kernel() -> Any:
 
 
 def output_like(plan: Plan, inputs: Inputs, size: Sizes) -> tuple[Tensor, Tensor]:
-    """Uninitialised out (q's layout with Dv columns) and lse (float32, [B, Hq, Sq] or [Hq, T])."""
+    """Storage for out (q's layout with Dv columns) and lse (float32, [B, Hq, Sq] or [Hq, T])."""
     q = inputs.q
-    out = q.new_empty((*q.shape[:-1], size.value_dim))
-    lse_shape = (size.heads, size.q_len) if plan.layout == "thd" else (size.batches, size.heads, size.q_len)
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    shape = (*q.shape[:-1], size.value_dim)
+    if plan.layout == "thd":
+        # Packed rows behind the last sequence belong to no kernel and mean nothing: 0 and -inf.
+        return q.new_zeros(shape), q.new_full((size.heads, size.q_len), -torch.inf, dtype=torch.float32)
+    return q.new_empty(shape), q.new_empty((size.batches, size.heads, size.q_len), dtype=torch.float32)
 
 
 def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
@@ -53,7 +55,8 @@ def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> li
     rows = lse.numel()
     grid = tiles * size.kv_heads * (1 if packed else size.batches)
     arguments = common_arguments(plan, inputs, size) | {"sinks": inputs.sinks, "tiles": tiles, "partial_rows": rows}
-    constant = constants(plan, size, plan.forward)
+    plain = not plan.softcap and inputs.bias is None and inputs.alibi_slopes is None
+    constant = constants(plan, size, plan.forward) | {"FOLD": plain and plan.scale > 0}
     if plan.splits == 1:
         arguments |= {"out": strided(out, plan.layout), "lse": row_values(lse), "splits": 1}
         constant |= {"SPLITS": False}
@@ -61,10 +64,7 @@ def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> li
     partial = out.new_empty((plan.splits, *lse.shape, size.value_dim), dtype=torch.float32)
     partial_lse = out.new_empty((plan.splits, *lse.shape), dtype=torch.float32)
     first, first_lse = partial[0], row_values(partial_lse[0])
-    if packed:
-        view = Strided(first, 0, first.stride(0), first.stride(1))
-    else:
-        view = strided(first, "bhsd")
+    view = Strided(first, 0, first.stride(0), first.stride(1)) if packed else strided(first, "bhsd")
     arguments |= {"out": view, "lse": first_lse, "splits": plan.splits}
     split = Launch(forward_kernel, grid * plan.splits, arguments, constant | {"SPLITS": True}, options(plan.forward))
     merge = {
@@ -157,9 +157,7 @@ def backward_launches(
         tile = plan.backward_q
         tiles = size.query_tiles(tile.m, packed, size.group)
         arguments = shared | {"dq": strided(dq, plan.layout), "tiles": tiles}
-        launches.append(
-            Launch(backward_q_kernel, tiles * outer, arguments, constants(plan, size, tile), options(tile))
-        )
+        launches.append(Launch(backward_q_kernel, tiles * outer, arguments, constants(plan, size, tile), options(tile)))
     if dkv is not None:
         tile = plan.backward_kv
         tiles = size.key_tiles(tile.n, packed)

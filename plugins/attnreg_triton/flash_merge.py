@@ -1,5 +1,8 @@
 """Join the partial results of a split forward: `out = sum_s exp(lse_s - lse) out_s`, always in the same order."""
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
@@ -32,7 +35,7 @@ def merge_kernel(
     divisor = tl.where(total == 0.0, 1.0, total)
     columns = tl.arange(0, BLOCK_DV)
     accumulator = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         at = row.to(tl.int64) + split * rows
         weight = tl.exp2(tl.load(partial_lse + at) * LOG2E - safe) / divisor
         accumulator += weight * tl.load(partial + at * DV + columns, mask=columns < DV, other=0.0)

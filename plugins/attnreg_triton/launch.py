@@ -110,10 +110,9 @@ def strided(tensor: Tensor, layout: str) -> Strided:
 
 
 def row_values(tensor: Tensor) -> Strided:
-    """A float32 value a row, [B, Hq, Sq] or packed [Hq, T], contiguous."""
-    if tensor.dim() == 2:
-        return Strided(tensor, 0, tensor.stride(0), 1)
-    return Strided(tensor, tensor.stride(0), tensor.stride(1), 1)
+    """A float32 value a row: [B, Hq, Sq], or packed [Hq, T]."""
+    batch = tensor.stride(0) if tensor.dim() == 3 else 0
+    return Strided(tensor, batch, tensor.stride(-2), tensor.stride(-1))
 
 
 def next_power_of_two(size: int) -> int:
@@ -174,7 +173,7 @@ def common_arguments(plan: Plan, inputs: Inputs, size: Sizes) -> dict[str, Any]:
             softcap=plan.softcap or None,
             bias=None if inputs.bias is None else bias_view(inputs.bias),
             alibi=alibi,
-            alibi_batch=None if alibi is None else (alibi.stride(0) if alibi.dim() == 2 else 0),
+            alibi_batch=None if alibi is None else (_broadcast(alibi, 0) if alibi.dim() == 2 else 0),
         ),
         "dropout": None if inputs.seed is None else Dropout(inputs.seed, plan.dropout_p),
         "batches": size.batches,

@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import Literal
 
 ConfigValue = int | str | float | bool
+MAX_KEYS = 2**29
+"""Longest key time line: with windows and offsets clamped to it, sums of three stay inside 32 bits."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ serves kernels that hold queries as rows and kernels that hold keys as rows. Sco
 of a key is `exp2(score - lse * log2(e))`. Online softmax: Milakov and Gimelshein (2018), Dao (2023).
 """
 
+# mypy: ignore-errors
+# Device code: Triton gives these names their types, not Python.
+
 from __future__ import annotations
 
 import triton
@@ -12,6 +15,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST_TF32 = tl.constexpr(3.4e38)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -36,9 +40,10 @@ def product(a, b, PRECISION: tl.constexpr):
 def narrow(value, dtype: tl.constexpr):
     """float32 `value` as `dtype`, rounded to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter cuts bfloat16 off instead of rounding: round the bits here, as hardware does.
+        # The interpreter cuts off instead of rounding, and loses denormals: round the bits here, as hardware does.
         bits = value.to(tl.uint32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(dtype)
 
 
@@ -47,24 +52,31 @@ def load_matrix(pointers, columns, valid, SIZE: tl.constexpr, BLOCK: tl.constexp
     """Load `pointers[:, None] + columns`: rows where `valid`, columns below SIZE; zero elsewhere."""
     tile = pointers[:, None] + columns[None, :]
     if CHECK and SIZE % BLOCK != 0:
-        return tl.load(tile, mask=valid[:, None] & (columns[None, :] < SIZE), other=0.0)
+        value = tl.load(tile, mask=valid[:, None] & (columns[None, :] < SIZE), other=0.0)
     elif CHECK:
-        return tl.load(tile, mask=valid[:, None], other=0.0)
+        value = tl.load(tile, mask=valid[:, None], other=0.0)
     elif SIZE % BLOCK != 0:
-        return tl.load(tile, mask=columns[None, :] < SIZE, other=0.0)
+        value = tl.load(tile, mask=columns[None, :] < SIZE, other=0.0)
     else:
-        return tl.load(tile)
+        value = tl.load(tile)
+    if CHECK and value.dtype == tl.float32:
+        # A masked key may hold the largest float32, which a TF32 product rounds to inf, and 0 * inf is NaN.
+        value = tl.minimum(tl.maximum(value, -LARGEST_TF32), LARGEST_TF32)
+    return value
 
 
 @triton.jit
 def load_head(pointers, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, CHECK: tl.constexpr):
-    """Load a head of SIZE columns as BLOCK columns and, where TAIL > 0, TAIL more (192 = 128 + 64)."""
+    """Load a head of SIZE columns as BLOCK columns and, where TAIL > 0, TAIL more (192 = 128 + 64).
+
+    Without a tail the second value repeats the first and nobody reads it: a kernel function cannot return None.
+    """
     if TAIL > 0:
         main = load_matrix(pointers, tl.arange(0, BLOCK), valid, BLOCK, BLOCK, CHECK)
         rest = load_matrix(pointers + BLOCK, tl.arange(0, TAIL), valid, SIZE - BLOCK, TAIL, CHECK)
         return main, rest
-    else:
-        return load_matrix(pointers, tl.arange(0, BLOCK), valid, SIZE, BLOCK, CHECK), None
+    main = load_matrix(pointers, tl.arange(0, BLOCK), valid, SIZE, BLOCK, CHECK)
+    return main, main
 
 
 @triton.jit
@@ -83,10 +95,9 @@ def key_pointers(tensor, sequence, kv_head, keys, start, pages):
         # Slots that no key in range needs may hold -1: read page 0 there, the mask drops what it holds.
         page = tl.maximum(tl.load(slot, mask=keys < sequence.kv_len, other=0), 0)
         return tensor.data + head + page.to(tl.int64) * tensor.batch + (keys % pages.size) * tensor.row
-    else:
-        first = sequence.batch.to(tl.int64) * tensor.batch + head + (sequence.kv_start + start).to(tl.int64) * tensor.row
-        # A 64-bit base with 32-bit offsets inside the tile: fewer registers, and buffer loads on AMD.
-        return tensor.data + first + (keys - start) * tensor.row
+    first = sequence.batch.to(tl.int64) * tensor.batch + head + (sequence.kv_start + start).to(tl.int64) * tensor.row
+    # A 64-bit base with 32-bit offsets inside the tile: fewer registers, and buffer loads on AMD.
+    return tensor.data + first + (keys - start) * tensor.row
 
 
 @triton.jit
@@ -114,9 +125,15 @@ def bias_pointers(bias, sequence, rows, keys):
 
 
 @triton.jit
-def finish_scores(products, score, sequence, rows, keys):
-    """Turn q.k into scores in log2 units; also the softcap's tanh (None without), which its gradient needs."""
-    capped = None
+def finish_scores(products, score, sequence, rows, keys, FOLD: tl.constexpr):
+    """Turn q.k into scores in log2 units; also the softcap's tanh, which its gradient needs (else a stand-in).
+
+    FOLD leaves the scale to `softmax_step`, which multiplies and subtracts in one instruction; it holds only where
+    nothing but a positive scale stands between q.k and the softmax.
+    """
+    if FOLD:
+        return products, products
+    capped = products
     if score.softcap is not None:
         capped = tanh(products * (score.scale / score.softcap))
         scores = capped * (score.softcap * LOG2E)
@@ -134,10 +151,10 @@ def finish_scores(products, score, sequence, rows, keys):
 
 
 @triton.jit
-def head_products(a, a_tail, b, b_tail, PRECISION: tl.constexpr):
+def head_products(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """`a @ b^T` over a head that may come in two pieces."""
     products = product(a, tl.trans(b), PRECISION)
-    if a_tail is not None:
+    if TAIL > 0:
         products = multiply(a_tail, tl.trans(b_tail), products, PRECISION)
     return products
 
@@ -157,19 +174,24 @@ def keep_mask(dropout, sequence, rows, keys):
 
 
 @triton.jit
-def softmax_step(scores, maximum, total):
+def softmax_step(scores, maximum, total, score, FOLD: tl.constexpr):
     """One online-softmax step over [M, N] scores: weights, the factor for older sums, new maximum and total."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    row_maximum = tl.max(scores, 1)
+    if FOLD:
+        row_maximum = row_maximum * (score.scale * LOG2E)
+    new_maximum = tl.maximum(maximum, row_maximum)
     # A row that has seen no key yet has maximum -inf; 0 instead keeps -inf - -inf from making NaN.
     safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    if FOLD:
+        scores = scores * (score.scale * LOG2E)
     weights = tl.exp2(scores - safe[:, None])
     decay = tl.exp2(maximum - safe)
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
 
 
 @triton.jit
-def score_gradient(scores, capped, dp, lse, delta, allowed, keep, dropout):
-    """Weights (after dropout) and the gradient of `scale * q.k`; zero wherever `allowed` is False.
+def score_gradient(scores, capped, dp, lse, delta, allowed, keep, score, dropout):
+    """Weights (after dropout), gradient of `scale * q.k`, gradient of the bias; zero wherever `allowed` is False.
 
     lse is in log2 units, +inf for an empty row. `allowed` None means every key of the tile is.
     """
@@ -186,6 +208,6 @@ def score_gradient(scores, capped, dp, lse, delta, allowed, keep, dropout):
     if allowed is not None:
         gradient = tl.where(allowed, gradient, 0.0)
     bias_gradient = gradient
-    if capped is not None:
+    if score.softcap is not None:
         gradient = gradient * (1.0 - capped * capped)
     return dropped, gradient, bias_gradient

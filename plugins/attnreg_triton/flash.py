@@ -1,0 +1,175 @@
+"""The `triton_flash` and `triton_decode` backends: from a problem and a configuration to a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, masks
+
+from . import flash_space
+from .documents import spans
+from .launch import Inputs
+from .plan import MAX_KEYS, ConfigValue, Plan
+from .signatures import CompileSpec
+from .support import MAX_HEAD_DIM, flash_reasons, head_dim_reasons, machine_reasons
+
+VERSION = "1"
+MAX_DECODE_QUERIES = 64
+MAX_DECODE_HEAD_DIM = 576
+Config = Mapping[str, ConfigValue]
+Run = Callable[..., Any]
+Tensors = dict[str, Tensor | None]
+
+
+def _clamp(bound: int | None) -> int | None:
+    return None if bound is None else min(bound, MAX_KEYS)
+
+
+def make_plan(problem: Problem, config: Config) -> Plan:
+    """The plan of a problem that the flash kernels support, cut as the configuration says."""
+    spec = problem.spec
+    band = masks.as_band(spec.mask)
+    assert band is not None, "supports() refuses a mask that is no band"
+    fixed_prefix = band.prefix > 0 and not band.prefix_tensor
+    return Plan(
+        layout=spec.layout,
+        scale=float(problem.scale),
+        align=spec.align,
+        left=_clamp(band.left),
+        right=_clamp(band.right),
+        prefix=_clamp(band.prefix) if fixed_prefix else None,
+        softcap=float(spec.softcap),
+        dropout_p=float(spec.dropout_p),
+        page_size=spec.page_size,
+        **flash_space.plan_fields(config),
+    )
+
+
+def call_tensors(spec: AttentionSpec, band: masks.Band, q: Tensor, tensors: Mapping[str, Any]) -> Tensors:
+    """The call's named tensors as the kernels take them: documents as spans, one key length, a seed."""
+    names = ("bias", "alibi_slopes", "sinks", "query_offset", "cu_seqlens_q", "cu_seqlens_k", "block_table")
+    out: Tensors = {name: tensors.get(name) for name in names}
+    if band.prefix_tensor:
+        out["prefix_lengths"] = tensors["prefix_lengths"]
+    document_ids = tensors.get("document_ids")
+    if document_ids is not None and spec.layout != "thd":
+        out["document_first"], out["document_last"] = spans(document_ids)
+    lengths = [tensors[name] for name in ("kv_lengths", "seqused_k") if tensors.get(name) is not None]
+    if lengths:
+        out["kv_lengths"] = lengths[0] if len(lengths) == 1 else torch.minimum(*lengths)
+    if spec.dropout_p > 0:
+        # Drawn on the device, so a CUDA graph replays with fresh numbers and nothing waits.
+        generator = tensors.get("generator")
+        out["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
+    return out
+
+
+def make_run(problem: Problem, plan: Plan) -> Run:
+    """`run(q, k, v, **tensors)` for every call of the problem's bucket."""
+    from . import operators
+
+    spec, text, band = problem.spec, plan.encode(), masks.as_band(problem.spec.mask)
+    assert band is not None, "supports() refuses a mask that is no band"
+    differentiable, with_lse = problem.needs_grad, spec.return_lse
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        named = call_tensors(spec, band, q, tensors)
+        ordered = [q, k, v, *(named.get(name) for name in operators.FIELDS[3:])]
+        # Outside autograd and tracing the operator boundary buys nothing: call the kernels directly.
+        if differentiable or torch.compiler.is_compiling() or type(q) is not Tensor:
+            out, lse = torch.ops.attnreg_triton.flash_forward(*ordered, text)
+        else:
+            out, lse = operators.forward(plan, operators.make_inputs(*ordered))
+        return (out, lse) if with_lse else out
+
+    return run
+
+
+class TritonFlash:
+    """FlashAttention-2 in Triton, forward and backward, for every band mask."""
+
+    name = "triton_flash"
+    version = VERSION
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        """Every reason against; empty if the kernels compute the problem as said."""
+        return [
+            *machine_reasons(problem, hardware),
+            *flash_reasons(problem),
+            *head_dim_reasons(problem, MAX_HEAD_DIM),
+        ]
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        """Tiles, warps and stages of each kernel that the problem needs."""
+        return flash_space.flash_space(problem, hardware)
+
+    def prepare(self, problem: Problem, config: Config) -> Run:
+        """A callable that serves the problem's bucket; kernels compile at its first call."""
+        return make_run(problem, make_plan(problem, config))
+
+    def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
+        """Compiler input of every kernel that a call of the problem starts."""
+        return compile_specs(problem, make_plan(problem, config))
+
+
+class TritonDecode:
+    """Split-KV decoding (Flash-Decoding): few query rows against a long cache, paged or not."""
+
+    name = "triton_decode"
+    version = VERSION
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        """Every reason against; empty if the kernels compute the problem as said."""
+        out = [
+            *machine_reasons(problem, hardware),
+            *flash_reasons(problem),
+            *head_dim_reasons(problem, MAX_DECODE_HEAD_DIM),
+        ]
+        if problem.head_dim_v > 512:
+            out.append(f"head_dim of v is {problem.head_dim_v}; the kernels hold at most 512")
+        if problem.sq > MAX_DECODE_QUERIES:
+            out.append(f"{problem.sq} queries a sequence: splitting the keys pays for at most {MAX_DECODE_QUERIES}")
+        if problem.needs_grad:
+            out.append(f"decoding has no gradient; {', '.join(sorted(problem.grads))} need one")
+        return out
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        """Tiles and the number of KV splits."""
+        return flash_space.decode_space(problem, hardware)
+
+    def prepare(self, problem: Problem, config: Config) -> Run:
+        """A callable that serves the problem's bucket; kernels compile at its first call."""
+        return make_run(problem, make_plan(problem, config))
+
+    def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
+        """Compiler input of every kernel that a call of the problem starts."""
+        return compile_specs(problem, make_plan(problem, config))
+
+
+def meta_inputs(problem: Problem) -> Inputs:
+    """The problem's tensors on the meta device: shapes, strides and dtypes, no storage."""
+    from .meta import inputs
+
+    return inputs(problem)
+
+
+def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
+    """Compiler input of every launch of a plan; loads Triton, compiles nothing."""
+    from .flash_launch import backward_launches, forward_launches, output_like
+    from .launch import sizes
+    from .signatures import compile_spec
+
+    inputs = meta_inputs(problem)
+    out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    launches = forward_launches(plan, inputs, out, lse)
+    if problem.needs_grad:
+        grads = problem.grads
+        dq = torch.empty_like(inputs.q) if "q" in grads else None
+        dkv = (torch.empty_like(inputs.k), torch.empty_like(inputs.v)) if grads & {"k", "v"} else None
+        dbias = torch.empty_like(inputs.bias) if "bias" in grads and inputs.bias is not None else None
+        launches += backward_launches(plan, inputs, (out, lse), (out, None), lse, (dq, dkv, dbias))
+    return [compile_spec(launch) for launch in launches]

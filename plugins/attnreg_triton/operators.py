@@ -1,0 +1,164 @@
+"""The flash kernels as torch operators: forward with autograd and shapes for tracing, so torch.compile sees through.
+
+All that is not a tensor travels as the plan's JSON string: a compiled graph that another process loads means the same.
+Operators synchronise nothing and allocate only through torch, so they record into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flash_launch import backward_launches, forward_launches, output_like
+from .launch import Inputs, Launch, sizes
+from .plan import Plan, decode
+
+FIELDS = (
+    "q", "k", "v", "bias", "alibi_slopes", "sinks", "prefix_lengths", "document_first", "document_last", "kv_lengths",
+    "query_offset", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seed",
+)  # fmt: skip
+SCHEMA = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in FIELDS)
+
+_library: Any = torch.library.Library("attnreg_triton", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
+_library.define(f"flash_forward({SCHEMA}, str plan) -> (Tensor, Tensor)")
+_library.define(
+    f"flash_backward({SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str plan, bool[5] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def rows_dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension is dense, else a contiguous copy: kernels read dense rows."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def make_inputs(*tensors: Tensor | None) -> Inputs:
+    """Inputs of the tensors in the order of FIELDS, made readable to the kernels."""
+    named: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
+    for name in ("q", "k", "v"):
+        named[name] = rows_dense(named[name])
+    if named["bias"] is not None:
+        bias = named["bias"]
+        named["bias"] = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    for name in ("sinks", "alibi_slopes"):
+        if named[name] is not None:
+            named[name] = named[name].to(torch.float32)
+            if named[name].stride(-1) != 1:
+                named[name] = named[name].contiguous()
+    for name in ("prefix_lengths", "kv_lengths", "query_offset", "cu_seqlens_q", "cu_seqlens_k", "block_table"):
+        if named[name] is not None and named[name].stride(-1) != 1:
+            named[name] = named[name].contiguous()
+    return Inputs(**named)
+
+
+def start(launches: list[Launch], device: torch.device) -> None:
+    """Run launches in order on the tensors' device."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
+    out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    start(forward_launches(plan, inputs, out, lse), inputs.q.device)
+    return out, lse
+
+
+def backward(
+    plan: Plan,
+    inputs: Inputs,
+    saved: tuple[Tensor, Tensor],
+    upstream: tuple[Tensor, Tensor | None],
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dbias, dsinks); one that is not wanted is an empty tensor."""
+    lse = saved[1]
+    dout, dlse = rows_dense(upstream[0]), upstream[1]
+    packed = plan.layout == "thd"
+    # Packed rows that belong to no sequence are visited by no kernel: their gradient is 0.
+    new = torch.zeros_like if packed else torch.empty_like
+    dense = torch.contiguous_format
+    dq = new(inputs.q, memory_format=dense) if wanted[0] else None
+    dkv = None
+    if wanted[1] or wanted[2]:
+        dkv = (new(inputs.k, memory_format=dense), new(inputs.v, memory_format=dense))
+    dbias = None
+    if wanted[3]:
+        assert inputs.bias is not None
+        dbias = torch.empty_like(inputs.bias, memory_format=dense)
+    delta = torch.zeros_like(lse)
+    start(backward_launches(plan, inputs, saved, (dout, dlse), delta, (dq, dkv, dbias)), inputs.q.device)
+    dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
+    dk, dv = dkv or (None, None)
+    found = (dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks)
+    # An operator returns tensors that share no storage: each absent one is an empty tensor of its own.
+    first, second, third, fourth, fifth = (inputs.q.new_empty(0) if x is None else x for x in found)
+    return first, second, third, fourth, fifth
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the sinks [Hq]: a key of score `sink` and value 0, so `-sum(exp(sink - lse) * delta)`."""
+    heads = sinks.to(torch.float32).view(-1, 1)
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(heads - lse))
+    summed = (share * delta).sum(-1)
+    return -(summed.sum(0) if summed.dim() == 2 else summed)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return forward(decode(arguments[-1]), make_inputs(*arguments[:-1]))
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, (out, lse, dout, dlse, plan, wanted) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
+    return backward(decode(plan), make_inputs(*tensors), (out, lse), (dout, dlse), list(wanted))
+
+
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    plan, inputs = decode(arguments[-1]), Inputs(**dict(zip(FIELDS, arguments[:-1], strict=True)))
+    return output_like(plan, inputs, sizes(plan, inputs))
+
+
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    named, wanted = dict(zip(FIELDS, arguments[: len(FIELDS)], strict=True)), arguments[-1]
+    like = [named["q"], named["k"], named["v"], named["bias"], named["sinks"]]
+    if wanted[3] and named["bias"].dim() < 4:
+        like[3] = named["bias"].reshape((1,) * (4 - named["bias"].dim()) + tuple(named["bias"].shape))
+    if wanted[4]:
+        like[4] = named["sinks"].to(torch.float32)
+    q = named["q"]
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else q.new_empty(0)
+        for tensor, want in zip(like, wanted, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.plan = inputs[-1]
+    ctx.save_for_backward(*inputs[:-1], *output)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[FIELDS.index(name)] for name in ("q", "k", "v", "bias", "sinks")]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    found = torch.ops.attnreg_triton.flash_backward(*tensors, out, lse, dout, dlse, ctx.plan, wanted)
+    gradients: dict[str, Tensor | None] = {}
+    for name, want, gradient in zip(("q", "k", "v", "bias", "sinks"), wanted, found, strict=True):
+        given = tensors[FIELDS.index(name)]
+        gradients[name] = gradient.reshape(given.shape).to(given.dtype) if want else None
+    return (*(gradients.get(name) for name in FIELDS), None)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("flash_forward", _forward, _key)
+    _library.impl("flash_backward", _backward, _key)
+torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
+torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
+torch.library.register_autograd("attnreg_triton::flash_forward", _differentiate, setup_context=_save, lib=_library)
