@@ -123,7 +123,7 @@ class _FlashWithLse(torch.autograd.Function):
 def with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and natural-log lse [B, Hq, Sq] (float32 or wider) by the CPU flash kernel; -inf where a row attends nothing."""
+    """Output and natural-log lse [B, Hq, Sq] by the CPU flash kernel; -inf where a row attends nothing."""
     if _empty(q, k):
         out, lse = _flash(q, k, v, mask, causal, scale)
         return out, torch.full_like(lse, -torch.inf)

@@ -265,7 +265,7 @@ def test_masked_keys_leave_no_trace(case: Case, value: float, where: str) -> Non
     live = live_of(case)
     assert live is not None
     key = int(live.sum((0, 1, 2)).argmin())  # the key that fewest rows attend
-    blind = ~live[..., key].any(1, keepdim=True)  # rows [B, 1, Sq] of which no head attends it
+    blind = ~live[..., key]  # rows [B, Hq, Sq] that do not attend it
     assert blind.any()
     q, k, v = inputs(case)
     k2, v2 = k.clone(), v.clone()
