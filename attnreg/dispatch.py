@@ -23,7 +23,7 @@ from attnreg.modes import checking
 from attnreg.problem import Problem, bucket_size
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
-from attnreg.tracing import concrete, hint, is_traced, opaque, same, transform
+from attnreg.tracing import at_trace_time, concrete, hint, is_traced, opaque, same, transform
 from attnreg.validate import Sizes, check
 from attnreg.values import VALUE_NAMES, check_values
 
@@ -111,7 +111,8 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     UnsupportedError with every backend's reasons where none can run it.
     """
     if torch.compiler.is_compiling():
-        return _traced(spec, q, k, v, tensors)
+        _open_graph_call()
+        return _graph_call(spec, q, k, v, tensors)
     try:
         hit = _hot.exact.get(_exact_key(spec, q, k, v, tensors)) if transform() is None else None
     except (AttributeError, TypeError):
@@ -161,11 +162,6 @@ def _signature(name: str, x: Any) -> Any:
     return name, x if isinstance(x, int) else type(x)
 
 
-@opaque
-def _traced(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Any:
-    return _slow(spec, q, k, v, tensors)
-
-
 def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """Check the call, find or make its bucket's callable, run it, and remember the exact signature."""
     tensors = {name: x for name, x in tensors.items() if x is not None}
@@ -186,6 +182,18 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
         if not tensors and (key := _growing_key(spec, q, k, v)) is not None:
             _hot.growing[key] = run
     return out
+
+
+_graph_call = _slow
+
+
+@at_trace_time
+def _open_graph_call() -> bool:
+    """Make `_graph_call` opaque to Dynamo at the first trace: before that nobody needs torch._dynamo."""
+    global _graph_call
+    if _graph_call is _slow:
+        _graph_call = opaque(_slow)
+    return True
 
 
 def _watch(q: Tensor, tensors: Mapping[str, Any], traced: bool) -> bool:
@@ -285,13 +293,18 @@ def decision(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: An
     if _watch(q, tensors, False):
         check_values(spec, sizes, tensors)
     problem = _problem(spec, sizes, q, k, v, tensors, False)
+    return problem, decision_of(problem)
+
+
+def decision_of(problem: Problem) -> Decision:
+    """What was or would be decided for the problem's bucket."""
     forced = _forced.get()
     known = _hot.buckets.get((problem.bucket(), forced))
     if known is not None:
-        return problem, known[1]
+        return known[1]
     name, pairs = forced if forced is not None else (None, None)
     config = dict(pairs) if pairs is not None else None
-    return problem, decide(problem.bucket(), detect(problem.device), forced=name, config=config)
+    return decide(problem.bucket(), detect(problem.device), forced=name, config=config)
 
 
 def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Run:

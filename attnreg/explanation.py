@@ -13,7 +13,7 @@ from attnreg.masks import Custom, walk
 from attnreg.problem import Problem
 from attnreg.spec import AttentionSpec
 
-__all__ = ["Explanation", "Row", "explain"]
+__all__ = ["Explanation", "Row", "explain", "explain_problem"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ class Explanation:
 def explain(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Explanation:
     """What `attention(spec, q, k, v, **tensors)` runs on, and why; nothing is run. Raises what the call would raise."""
     return Explanation(*dispatch.decision(spec, q, k, v, **tensors))
+
+
+def explain_problem(problem: Problem) -> Explanation:
+    """The same for a problem without its tensors, such as a recorded one."""
+    return Explanation(problem, dispatch.decision_of(problem))
 
 
 def _has_code(problem: Problem) -> bool:

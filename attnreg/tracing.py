@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from attnreg.validate import Sizes
 
-__all__ = ["concrete", "hint", "is_traced", "opaque", "same", "transform"]
+__all__ = ["at_trace_time", "concrete", "hint", "is_traced", "opaque", "same", "transform"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +73,15 @@ def same(a: Any, b: Any) -> bool:
 def opaque(function: F) -> F:
     """Let Dynamo put the call into its graph unseen; AOTAutograd then traces through what was chosen.
 
-    So the decision, plain Python over sizes and tables, is taken once at trace time and leaves no guard.
+    So the decision, plain Python over sizes and tables, is taken once, at trace time, and leaves no guard.
     """
     return torch._dynamo.nonstrict_trace(function)  # type: ignore[return-value]  # the wrapper keeps the signature
+
+
+def at_trace_time(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Let Dynamo call the function for real while it traces, and take what it gives for a constant.
+
+    What torch.compiler.assume_constant_result does, without importing torch._dynamo (and by it Triton) to say it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

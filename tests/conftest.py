@@ -1,0 +1,68 @@
+"""Fixtures shared by every test: third-party plugins as real distributions, an empty hot table, one thread."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnreg import dispatch, registry
+
+PluginMaker = Callable[[str, str], None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`gpu` tests say why they do not run; `slow` ones run only when asked for by -m."""
+    reason = "needs a CUDA or HIP device, and torch sees none here"
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginMaker]:
+    """Make a distribution with an entry point of group `attnreg` importable: `install_plugin(name, source)`."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    made: list[str] = []
+
+    def install(name: str, source: str) -> None:
+        (site / f"{name}.py").write_text(textwrap.dedent(source))
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[attnreg]\n{name} = {name}\n")
+        importlib.invalidate_caches()
+        made.append(name)
+
+    yield install
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def loaded(install_plugin: PluginMaker) -> Iterator[Callable[[], registry.Registry]]:
+    """Load the registry anew, with whatever was installed, and put it in force for the test."""
+    stack: list[object] = []
+
+    def load() -> registry.Registry:
+        manager = registry.using(registry.load())
+        stack.append(manager)
+        return manager.__enter__()
+
+    yield load
+    for manager in reversed(stack):
+        manager.__exit__(None, None, None)  # type: ignore[attr-defined]  # a context manager
+
+
+@pytest.fixture
+def fresh() -> Iterator[dispatch.HotTable]:
+    """An empty hot table."""
+    with dispatch.fresh_table() as table:
+        yield table
