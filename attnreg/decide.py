@@ -16,7 +16,9 @@ from attnreg.store import Match
 
 __all__ = ["WRITTEN_ORDER", "Candidate", "Decision", "decide"]
 
-WRITTEN_ORDER = ("cpu", "sdpa", "triton_flash", "triton_block_sparse", "flex", "triton_fp8", "eager")
+WRITTEN_ORDER = (
+    "cpu", "sdpa", "triton_decode", "triton_flash", "triton_block_sparse", "flex", "triton_fp8", "eager",
+)  # fmt: skip
 """What may be chosen before anything was measured: backends that this project's own CI holds to the gate.
 
 A backend that is not listed needs a record that passed the gate here, or `use_backend`. Eager is last.
@@ -154,10 +156,14 @@ class _Ladder:
         return None
 
     def from_estimates(self) -> Picked | None:
-        """The fastest by the backends' own estimates, among those of the written order; eager stays last."""
-        known = [(self._estimate(n), n) for n in WRITTEN_ORDER[:-1] if self.able(n)]
+        """The fastest by the backends' own estimates, among those of the written order; eager stays last.
+
+        One that makes no estimate keeps its place: an estimate outranks only what stands behind it.
+        """
+        able = [n for n in WRITTEN_ORDER[:-1] if self.able(n)]
+        known = [(self._estimate(n), n) for n in able]
         ranked = sorted((seconds, n) for seconds, n in known if seconds is not None)
-        if not ranked:
+        if not ranked or known[0][0] is None:
             return None
         seconds, name = ranked[0]
         why = f"nothing was measured for this problem; {name} has the lowest estimate, {seconds * 1e3:.3g} ms"

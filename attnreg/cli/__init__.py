@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     help="One front door to attention: see what was chosen and why, tune it, ship the result.",
 )
-console = Console()
+console = Console(soft_wrap=True)
 
 
 def main() -> None:

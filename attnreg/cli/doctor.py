@@ -114,7 +114,8 @@ def _print_findings(findings: list[tuple[str, Finding]]) -> None:
     for plugin, found in findings:
         mark = "[green]ok[/green]  " if found.ok else "[red]bad[/red] "
         todo = f" -> {found.todo}" if found.todo else ""
-        console.print(f"{mark} {plugin}: {found.subject}: {found.detail}{todo}", highlight=False)
+        subject = found.subject if found.subject.startswith(plugin) else f"{plugin}: {found.subject}"
+        console.print(f"{mark} {subject}: {found.detail}{todo}", highlight=False)
 
 
 def _data(devices: list[Hardware], findings: list[tuple[str, Finding]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from attnreg import dispatch
@@ -76,11 +77,17 @@ def _print(e: Explanation) -> None:
         *(("", line) for line in e.evidence()),
     ):
         console.print(f"{head:<9} {line}", highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for column in ("backend", "verdict", "time", "error", "why"):
-        table.add_column(column)
+    rows = [(r, "\n".join(r.why[1:] if r.verdict == "chosen" else r.why)) for r in e.rows()]
     color = {"chosen": "green", "able": "cyan", "refused": "red"}
-    for row in e.rows():
-        verdict = f"[{color[row.verdict]}]{row.verdict}[/{color[row.verdict]}]"
-        table.add_row(row.backend, verdict, row.time, row.error, "\n".join(row.why))
+    columns = {
+        "backend": [r.backend for r, _ in rows],
+        "verdict": [f"[{color[r.verdict]}]{r.verdict}[/{color[r.verdict]}]" for r, _ in rows],
+        "time": [r.time for r, _ in rows],
+        "error": [r.error for r, _ in rows],
+        "why": [escape(why) for _, why in rows],
+    }
+    told = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table(*told, box=None, pad_edge=False)
+    for row in zip(*told.values(), strict=True):
+        table.add_row(*row)
     console.print(table)
