@@ -2,6 +2,7 @@
 
 from attnreg.blocks.build import block_layout
 from attnreg.blocks.cache import cached_block_layout, clear_cache
+from attnreg.blocks.cost import LivePairs, live_pairs
 from attnreg.blocks.layout import BlockLayout
 
-__all__ = ["BlockLayout", "block_layout", "cached_block_layout", "clear_cache"]
+__all__ = ["BlockLayout", "LivePairs", "block_layout", "cached_block_layout", "clear_cache", "live_pairs"]

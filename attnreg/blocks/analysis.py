@@ -53,7 +53,7 @@ def meet(*parts: Analysis) -> Analysis:
 
 
 def analyse(mask: m.Mask, at: Context) -> Analysis:
-    """The analysis of a mask expression; a mask type that is not known here is evaluated tile by tile."""
+    """The analysis of a mask expression; code, and what reads a tensor that is not there, may allow anything."""
     if isinstance(mask, m.Not):
         of = analyse(mask.of, at)
         universe = at.grid.universe
@@ -63,7 +63,9 @@ def analyse(mask: m.Mask, at: Context) -> Analysis:
         if isinstance(mask, m.And):
             return meet(*parts)
         return Analysis(union(*(p.may for p in parts)), union(*(p.must for p in parts)), _signs(parts))
-    return _LEAVES.get(type(mask), _opaque)(mask, at)
+    known = _LEAVES.get(type(mask), _opaque)
+    needs = mask.tensors() - ({"document_ids"} if at.packed else set())
+    return known(mask, at) if needs <= at.tensors.keys() else _opaque(mask, at)
 
 
 def _signs(parts: list[Analysis] | tuple[Analysis, ...]) -> Callable[[Tiles], Columns]:

@@ -23,7 +23,7 @@ def analyse_pattern(pattern: s.Sparsity, at: Context) -> Analysis | None:
     """The analysis of a block pattern; None where it allows everything."""
     if isinstance(pattern, s.Dense):
         return None
-    if isinstance(pattern, s.Blocks):
+    if isinstance(pattern, s.Blocks) and "block_mask" in at.tensors:
         return _grouped(at.grid, at.grid.i0, pattern.block_q, pattern.block_kv, _listed(pattern, at))
     if isinstance(pattern, s.BigBird):
         return _grouped(at.grid, at.grid.p0, pattern.block, pattern.block, _bigbird(pattern, at.grid))

@@ -124,6 +124,12 @@ def cases(draw: st.DrawFn, leaves: st.SearchStrategy[m.Mask] = LEAVES) -> Case:
     )  # fmt: skip
 
 
+def whole_case(mask: m.Mask, sparsity: s.Sparsity, sq: int, skv: int, offset: int | None, seed: int = 0) -> Case:
+    """One batch and head, in one block."""
+    tensors = random_tensors(mask.tensors() | sparsity.tensors(), sparsity, (1, 1, sq, skv), seed)
+    return Case(mask, sparsity, sq, skv, sq, skv, 1, 1, None if offset is None else [offset], None, None, tensors)
+
+
 def dense(case: Case) -> Tensor:
     """Bool [batch, heads, sq, skv] straight from `allows`."""
     b = torch.arange(case.batch)[:, None, None, None]
