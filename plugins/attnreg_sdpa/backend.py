@@ -61,8 +61,9 @@ class Sdpa:
         default: dict[str, str | bool] = {}
         constraints: list[tuple[str, Callable[[Mapping[str, Any]], bool]]] = []
         if problem.group > 1:
-            causal = _form(problem) == "causal"
-            choices["grouping"] = ("enable_gqa", "expand") if causal else ("pack", "enable_gqa", "expand")
+            # Reshaping rows of symbolic number adds guards to a trace; one row needs no reshape of the sizes.
+            may_pack = _form(problem) != "causal" and (not problem.traced or problem.sq == 1)
+            choices["grouping"] = ("pack", "enable_gqa", "expand") if may_pack else ("enable_gqa", "expand")
             if problem.device != "cpu":
                 constraints.append(
                     (
@@ -71,8 +72,8 @@ class Sdpa:
                     )
                 )
             # Packing multiplies the rows of a dense mask; beyond a few rows the keys are reused in cache anyway.
-            packs = not causal and (_form(problem) == "none" or problem.sq <= 16)
-            default["grouping"] = "pack" if packs else "enable_gqa"
+            few = _form(problem) == "none" or problem.sq <= 16
+            default["grouping"] = "pack" if may_pack and few else "enable_gqa"
         if problem.device == "cpu" and problem.dtype in HALF and problem.kv_dtype == problem.dtype:
             choices["upcast"] = (True, False)
             # Converting k and v pays off only where they are used often.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnreg import Problem
 from attnreg_sdpa import exact, kernels
+from attnreg_sdpa.pairs import equal
 
 __all__ = ["Guarded"]
 
@@ -101,7 +102,8 @@ class Guarded:
         batch, heads, sq, skv = mask.shape
         if heads > 1:
             return mask.reshape(batch, heads // self.group, self.group * sq, skv)
-        return mask.unsqueeze(2).expand(batch, 1, self.group, sq, skv).reshape(batch, 1, self.group * sq, skv)
+        # One row stays one row of strides; repeat would copy it.
+        return mask.expand(batch, 1, self.group, skv) if equal(sq, 1) else mask.repeat(1, 1, self.group, 1)
 
     def _run(
         self, kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
