@@ -1,4 +1,4 @@
-"""Pictures of masks and block layouts in text, and the coarse survey that they are drawn from.
+"""Pictures of masks in text, and the coarse survey that they are drawn from.
 
 Small masks are drawn exactly. Above 2**24 pairs a cell is judged by its middle row and column, read in full, and a
 grid of points: whatever runs through its middle is seen, however thin.
@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attnreg.errors import InputError, MissingTensorError
-from attnreg.masks import Coords
-from attnreg.sparsity import Dense
+from attnreg._coords import Coords
+from attnreg.errors import InputError
 
-if TYPE_CHECKING:
-    from attnreg.blocks import BlockLayout
-    from attnreg.spec import AttentionSpec
-
-__all__ = ["ALL", "NONE", "SOME", "Survey", "draw", "of_blocks", "of_spec", "survey", "text"]
+__all__ = ["ALL", "NONE", "SOME", "TALLEST", "Survey", "draw", "edges_of", "kinds_of", "survey", "text"]
 
 Allows = Callable[[Coords], Tensor]
 Flags = npt.NDArray[np.bool_]
@@ -74,52 +69,25 @@ def survey(
         flags: Flags = found.expand(i.size, j.size).numpy()
         return flags
 
-    top, left = _edges(sq, rows), _edges(skv, columns)
+    top, left = edges_of(sq, rows), edges_of(skv, columns)
     if sq * skv <= EXACT:
         count = _counts(at, top, left)
         area = np.diff(top)[:, None] * np.diff(left)
-        return Survey(_kinds(count > 0, count == area), sq, skv, int(count.sum()))
+        return Survey(kinds_of(count > 0, count == area), sq, skv, int(count.sum()))
     some = np.zeros((top.size - 1, left.size - 1), dtype=bool)
     every = ~some
     for flags, inner in _samples(at, top, left):
         some |= flags
         every &= inner
-    return Survey(_kinds(some, every), sq, skv, None)
+    return Survey(kinds_of(some, every), sq, skv, None)
 
 
-def of_spec(spec: AttentionSpec, sq: int, skv: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What `text` and `svg` need to draw a spec's mask AND sparsity, with the queries where its `align` puts them."""
-    packed = spec.layout == "thd"
-    names = set(spec.mask.tensors() | spec.sparsity.tensors()) - ({"document_ids"} if packed else set())
-    names |= {"query_offset"} if spec.align == "offset" else set()
-    for name in sorted(names):
-        if not isinstance(tensors.get(name), Tensor):
-            raise MissingTensorError(name, f"the picture of {spec!r} needs it; pass {name}=")
-    lengths = next((tensors[n] for n in ("kv_lengths", "seqused_k") if isinstance(tensors.get(n), Tensor)), None)
-    if spec.align == "offset":
-        offset = int(tensors["query_offset"][0])
-    elif spec.align == "top_left":
-        offset = 0
-    else:
-        offset = (skv if lengths is None else int(lengths[0])) - sq
-    dense = type(spec.sparsity) is Dense
-
-    def allows(c: Coords) -> Tensor:
-        return spec.mask.allows(c) if dense else spec.mask.allows(c) & spec.sparsity.allows(c, skv)
-
-    title = repr(spec.mask) if dense else f"{spec.mask!r}, {spec.sparsity!r}"
-    given = {name: tensors[name] for name in names}
-    return {
-        "allows": allows, "sq": sq, "skv": skv, "offset": offset, "tensors": given, "packed": packed, "title": title,
-    }  # fmt: skip
-
-
-def _edges(n: int, cells: int) -> Ints:
+def edges_of(n: int, cells: int) -> Ints:
     cells = max(1, min(n, cells))
     return np.arange(cells + 1, dtype=np.int64) * n // cells
 
 
-def _kinds(some: Flags, every: Flags) -> npt.NDArray[np.int8]:
+def kinds_of(some: Flags, every: Flags) -> npt.NDArray[np.int8]:
     return np.where(every, ALL, np.where(some, SOME, NONE)).astype(np.int8)
 
 
@@ -187,7 +155,7 @@ def text(
 def draw(seen: Survey, *, title: str = "", wide: int = 1, unit: str = "pairs", verb: str = "attend") -> str:
     """A survey as lines of text: axes, cells, and a legend."""
     rows, columns = seen.cells.shape
-    top = _edges(seen.sq, rows)
+    top = edges_of(seen.sq, rows)
     margin = max(len(str(int(top[-2]))), len("query"))
     lines = [title] if title else []
     lines += [f"{'query':>{margin}} ┌{_ruler(seen.skv, columns, wide)}  key"]
@@ -204,32 +172,9 @@ def draw(seen: Survey, *, title: str = "", wide: int = 1, unit: str = "pairs", v
     return "\n".join(line.rstrip() for line in lines)
 
 
-def of_blocks(layout: BlockLayout, *, batch: int = 0, head: int = 0, width: int = 64) -> str:
-    """A block layout as text: marks are blocks, or groups of blocks where there are more than `width`."""
-    for name, n, many in (("batch", batch, layout.batch), ("head", head, layout.heads)):
-        if not 0 <= n < many:
-            raise InputError(name, f"expected 0 <= {name} < {many}, got {n}")
-    if not layout.n_q * layout.n_kv:
-        return f"{layout!r}: no pairs"
-    lead = (batch if layout.n_batch > 1 else 0) * layout.n_heads + (head if layout.n_heads > 1 else 0)
-    ptr = layout.row_ptr[lead * layout.n_q : (lead + 1) * layout.n_q + 1].cpu().numpy()
-    row = np.repeat(np.arange(layout.n_q), np.diff(ptr))
-    entries = slice(int(ptr[0]), int(ptr[-1]))
-    col, full = layout.col_idx[entries].cpu().numpy(), layout.tile_idx[entries].cpu().numpy() < 0
-    top, left = _edges(layout.n_q, TALLEST), _edges(layout.n_kv, width)
-    at = (np.searchsorted(top, row, side="right") - 1, np.searchsorted(left, col, side="right") - 1)
-    live, whole = np.zeros((2, top.size - 1, left.size - 1), dtype=np.int64)
-    np.add.at(live, at, 1)
-    np.add.at(whole, at, full)
-    cells = _kinds(live > 0, whole == np.diff(top)[:, None] * np.diff(left))
-    seen = Survey(cells, layout.n_q, layout.n_kv, int(live.sum()))
-    title = f"blocks of {layout.block_q} x {layout.block_kv}: batch {batch}, head {head}"
-    return draw(seen, title=title, unit="blocks", verb="are live")
-
-
 def _ruler(skv: int, columns: int, wide: int) -> str:
     """Key numbers over their columns, at even steps."""
-    left = _edges(skv, columns)
+    left = edges_of(skv, columns)
     room = len(str(skv)) + 2
     step = 1
     while step * wide < room:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from attnreg._coords import Coords
 from attnreg._node import Node, check_int
 from attnreg.errors import MissingTensorError, SpecError
 
@@ -41,26 +42,6 @@ __all__ = [
     "longformer",
     "walk",
 ]
-
-
-@dataclass(frozen=True)
-class Coords:
-    """Broadcastable int64 indices of query-key pairs, and the call's tensors.
-
-    b: batch (thd: sequence) index. h: query head. i: row of the query in q (thd: within its sequence).
-    p: position of the query on the key time line. j: key index. `packed` is True under layout thd, where
-    `cu_seqlens` already separates the documents. `heads` is a number above every h, which a trace cannot read
-    off h; 0 where it may be read.
-    """
-
-    b: Tensor
-    h: Tensor
-    i: Tensor
-    p: Tensor
-    j: Tensor
-    tensors: Mapping[str, Any] = field(default_factory=dict)
-    packed: bool = False
-    heads: int = 0
 
 
 class Mask(Node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.blocks.cost import LivePairs, live_pairs
 from attnreg.errors import RecordError
 from attnreg.spec import AttentionSpec, HeadGrouping
 from attnreg.validate import FLOAT8, Sizes
@@ -131,6 +133,67 @@ class Problem:
         """What is known of a named call tensor; None where the call has none of that name."""
         return next((t for t in self.tensors if t.name == name), None)
 
+    @property
+    def live_pairs(self) -> LivePairs:
+        """Pairs that attend, of one head and one sequence of sq queries on skv keys; see `blocks.live_pairs`.
+
+        `query_offset` is taken as bottom-right, and tensors that mask pairs as masking none: upper bounds.
+        """
+        spec = self.spec
+        offset = 0 if spec.align == "top_left" else None
+        return live_pairs(spec.mask, spec.sparsity, self.sq, self.skv, offset=offset, packed=spec.layout == "thd")
+
+    @property
+    def density(self) -> float:
+        """Live pairs of all pairs, within 0 .. 1; an upper bound where call tensors decide."""
+        return self.live_pairs.count / max(self.sq * self.skv, 1)
+
+    @property
+    def sequences(self) -> float:
+        """Sequences of sq queries that the work amounts to: the batch; under thd what the packed rows fill."""
+        if self.spec.layout != "thd" or not self.sq:
+            return float(self.batch)
+        return min(float(self.batch), self.total_q / self.sq)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations over live pairs: the forward's, and with a gradient 2.5 times that in addition.
+
+        Two for each multiply-add of both products; the additive score costs 4 a channel (add, tanh, multiply, add).
+        An upper bound where call tensors decide which pairs live.
+        """
+        kind = self.spec.score.kind
+        a_pair = (4 if kind == "additive" else 2) * self.head_dim_k + 2 * self.head_dim_v
+        forward = self.sequences * self.q_heads * self.live_pairs.count * a_pair
+        if kind == "general":
+            forward += self.sequences * self.q_heads * self.sq * 2 * self.head_dim * self.head_dim_k
+        return forward * 3.5 if self.needs_grad else forward
+
+    @property
+    def bytes(self) -> float:
+        """Bytes read and written if each tensor is touched once: the forward's, and with a gradient the backward's.
+
+        Forward: q, out, lse, bias, attn_mask, and the k and v that some query attends. Backward: those again, and
+        the gradient of each of q, k, v and out.
+        """
+        item, kv_item = _itemsize(self.dtype), _itemsize(self.kv_dtype)
+        rows = self.sequences * self.q_heads * self.sq
+        keys = self.sequences * self.kv_heads * self.live_pairs.keys
+        q, out = rows * self.head_dim * item, rows * self.head_dim_v * self.out_dtype.itemsize
+        kv = keys * (self.head_dim_k + self.head_dim_v) * kv_item
+        lse = rows * 4 if self.needs_grad or self.spec.return_lse else 0
+        tables = sum(self._table(name) for name in ("bias", "attn_mask"))
+        forward = q + kv + out + lse + tables
+        return 2 * forward + q + kv + out if self.needs_grad else forward
+
+    def _table(self, name: str) -> int:
+        """Bytes of a tensor that broadcasts to [batch, q_heads, sq, skv]."""
+        info = self.info(name)
+        if info is None:
+            return 0
+        sizes = (self.batch, self.q_heads, self.sq, self.skv)[4 - len(info.dims) :]
+        return math.prod(1 if one else n for n, one in zip(sizes, info.dims, strict=True)) * _itemsize(info.dtype)
+
     def bucket(self) -> Problem:
         """The problem with its sizes rounded up to powers of two; 1 stays 1, and sq == skv stays equal.
 
@@ -196,6 +259,11 @@ class Problem:
 def bucket_size(n: int) -> int:
     """The power of two at or above n; 0 and 1 stay."""
     return n if n <= 1 else 1 << (n - 1).bit_length()
+
+
+def _itemsize(name: str) -> int:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype.itemsize
 
 
 def stride_class(x: Tensor, hint: Callable[[Any], int] | None = None) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from torch import Tensor
 
 from attnreg.errors import MissingTensorError, SpecError
-from attnreg.masks import Full, Mask, picture_size
+from attnreg.masks import Coords, Full, Mask, picture_size
 from attnreg.scores import ScaledDot, Score
 from attnreg.sparsity import Dense, Sparsity
 
@@ -209,19 +211,41 @@ class AttentionSpec(_Frozen):
         For batch 0 (thd: sequence 0) and head 0. tensors: the call's, by name; more than needed may be given.
         Raises MissingTensorError for one that the picture needs, InputError for a size below 1.
         """
-        from attnreg._picture import of_spec, text
+        from attnreg._picture import text
 
-        return text(**of_spec(self, sq, skv, tensors), width=width)
+        return text(**self._drawn(sq, skv, tensors), width=width)
 
     def _repr_svg_(self) -> str | None:
-        from attnreg._picture import of_spec
         from attnreg._svg import svg
 
         size = max(picture_size(self.mask), picture_size(self.sparsity))
         try:
-            return svg(**of_spec(self, size, size, {}))
+            return svg(**self._drawn(size, size, {}))
         except MissingTensorError:  # a notebook then shows the text form
             return None
+
+    def _drawn(self, sq: int, skv: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """What a picture needs: which pairs attend, and where the queries are."""
+        packed, sparse = self.layout == "thd", self.sparsity != Dense()
+        names = set(self.mask.tensors() | self.sparsity.tensors()) - ({"document_ids"} if packed else set())
+        names |= {"query_offset"} if self.align == "offset" else set()
+        for name in sorted(names):
+            if tensors.get(name) is None:
+                raise MissingTensorError(name, f"the picture of {self!r} needs it; pass {name}=")
+        if self.align == "bottom_right":
+            lengths = tensors.get("kv_lengths" if "kv_lengths" in names else "seqused_k")
+            offset = (skv if lengths is None else int(lengths[0])) - sq
+        else:
+            offset = int(tensors["query_offset"][0]) if self.align == "offset" else 0
+
+        def allows(c: Coords) -> Tensor:
+            return self.mask.allows(c) & self.sparsity.allows(c, skv) if sparse else self.mask.allows(c)
+
+        return {
+            "allows": allows, "sq": sq, "skv": skv, "offset": offset, "packed": packed,
+            "tensors": {name: tensors[name] for name in names},
+            "title": f"{self.mask!r}, {self.sparsity!r}" if sparse else repr(self.mask),
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         default = type(self).model_fields

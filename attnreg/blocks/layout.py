@@ -215,7 +215,7 @@ class BlockLayout:
 
     def show(self, *, batch: int = 0, head: int = 0, width: int = 64) -> str:
         """A picture in text of one batch and head: which blocks are full, partial, not live."""
-        from attnreg._picture import of_blocks
+        from attnreg.blocks.picture import of_blocks
 
         return of_blocks(self, batch=batch, head=head, width=width)
 
