@@ -8,6 +8,7 @@ from attnreg.testing.candidate import GateResult, check_candidate
 from attnreg.testing.gate import check_backend, check_inputs
 from attnreg.testing.inputs import FLAVOURS, Inputs, make_inputs
 from attnreg.testing.oracle import oracle
+from attnreg.testing.problems import Case, cases
 
 if TYPE_CHECKING:
     from attnreg.testing.conformance import BackendConformance
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 __all__ = [
     "FLAVOURS",
     "BackendConformance",
+    "Case",
     "GateResult",
     "Inputs",
+    "cases",
     "check_backend",
     "check_candidate",
     "check_inputs",

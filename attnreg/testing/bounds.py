@@ -145,10 +145,11 @@ def _noise(p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mappin
     gradients exactly as a weight n on lse would; where one key takes a whole row, their true value is 0 and
     nothing but this error is left.
     """
-    eps = torch.finfo(p.out_dtype).eps
+    eps, units = _eps(p)
+    unit = eps * max(units / 2, 1)  # two float32 sums of head_dim products in different orders differ by several eps
     weights = []
     for part, weight in zip(parts, grad_out, strict=True):
-        size = (weight * part.out.detach()).square().sum(-1).sqrt() * eps
+        size = (weight * part.out.detach()).square().sum(-1).sqrt() * unit
         sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
         weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))
     given = _backward([part.lse for part in parts], weights, leaves, retain=False)
@@ -200,7 +201,7 @@ def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -
 def _grad_limit(p: Problem, parts: list[Part], grad: Tensor, plain: Tensor, noise: float, quantised: bool) -> Limit:
     worst = _largest(plain - grad)
     amplitude, (eps, units) = _largest(grad), _eps(p)
-    floor = eps * amplitude * (units + _steepness(p, parts)) + 2 * noise
+    floor = eps * amplitude * (2 * units + _steepness(p, parts)) + 2 * noise
     return Limit((4 if quantised else 3) * worst + floor + (1e-5 if quantised else 0.0))
 
 

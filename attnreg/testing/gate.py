@@ -15,7 +15,16 @@ from attnreg.testing.candidate import GateResult, check_candidate, sample_rows
 from attnreg.testing.dropout import check_dropout
 from attnreg.testing.inputs import Flavour, Inputs, make_inputs
 
-__all__ = ["LENGTHS", "GateResult", "Trial", "check_backend", "check_candidate", "check_inputs", "trials"]
+__all__ = [
+    "LENGTHS",
+    "GateResult",
+    "Trial",
+    "bucket_mates",
+    "check_backend",
+    "check_candidate",
+    "check_inputs",
+    "trials",
+]
 
 LENGTHS = (1, 63, 65, 127, 129, 192)
 """No multiple of a tile, one short of one, one more than one, and L % 128 == 64."""
@@ -85,7 +94,7 @@ def check_inputs(run: Callable[..., Any], inputs: Inputs, *, pairs: int = 1 << 2
 def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iterator[Trial]:
     """What the gate tries, in order: the problem, its bucket, the lengths."""
     yield Trial(problem, "normal", "the problem itself")
-    for n, other in enumerate(_bucket_mates(problem)):
+    for n, other in enumerate(bucket_mates(problem)):
         yield Trial(other, ("large", "low", "empty")[n % 3], "another size of the same bucket", seed=n + 1)
     small = _few_heads(problem)
     flavours: tuple[Flavour, ...] = (*ORDER, "edges") if problem.spec.bias else ORDER
@@ -102,7 +111,7 @@ def _prepare(backend: Backend, problem: Problem, config: Config, hardware: Hardw
     return backend.prepare(problem, config if not space.reasons(config) else space.default)
 
 
-def _bucket_mates(problem: Problem) -> list[Problem]:
+def bucket_mates(problem: Problem) -> list[Problem]:
     """Problems of other sizes that the same prepared callable must serve: the smallest, and one with L % 128 == 64."""
     out = []
     low, high = bucket_size(problem.skv) // 2 + 1, bucket_size(problem.skv)

@@ -1,0 +1,16 @@
+"""The torch SDPA backend on the public table."""
+
+import pytest
+from attnreg_sdpa import Sdpa
+
+from attnreg.testing import BackendConformance, cases
+
+
+class TestSdpa(BackendConformance):
+    backend = Sdpa()
+
+
+@pytest.mark.slow
+class TestSdpaLarger(BackendConformance):
+    backend = Sdpa()
+    cases = cases(slow=True)
