@@ -36,7 +36,7 @@ def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mappin
     else:
         out, lse = _bhsd(spec, q, k, v, tensors)
     out = out.to(torch.bfloat16 if q.dtype in FLOAT8 else q.dtype)
-    return (out, lse) if spec.return_lse else out
+    return (out, lse.float()) if spec.return_lse else out
 
 
 def _bhsd(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
