@@ -1,0 +1,140 @@
+"""The bench itself: gate, prepare and time candidates in the process that it stands in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from attnreg import registry
+from attnreg.errors import AttnregError
+from attnreg.hardware import Hardware, detect
+from attnreg.measure.candidates import About, Candidate, Opened, Plan, Refusal, Round, Verdict
+from attnreg.measure.memory import peak_over, settle
+from attnreg.measure.probes import Probes
+from attnreg.measure.timing import Clock, Thunk, bind
+from attnreg.testing import check_backend, make_inputs
+
+__all__ = ["LocalBench"]
+
+LEAK_BYTES = 1 << 20
+MAX_LEAK_CALLS = 2000
+
+
+class LocalBench:
+    """Measures where it stands; a candidate that crashes takes this process with it. `at` tells who runs now."""
+
+    def __init__(self, plan: Plan, at: Callable[[Candidate], object] = lambda _: None) -> None:
+        self.plan = plan
+        self.at = at
+        self.hardware: Hardware = detect(plan.problem.device)
+        if plan.threads and self.hardware.kind == "cpu":
+            torch.set_num_threads(plan.threads)
+        self.inputs = make_inputs(plan.problem, seed=plan.seed)
+        self.clock = Clock(self.hardware, plan.cache, plan.sample_seconds)
+        self._probes: Probes | None = None
+        self._random = random.Random(plan.seed)
+        self._calls: dict[str, tuple[Thunk, float]] = {}
+
+    def __enter__(self) -> LocalBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._calls.clear()
+
+    def about(self) -> About:
+        """See `Bench.about`."""
+        versions = {name: entry.backend.version for name, entry in registry.current().entries.items()}
+        return About(versions, self.clock.name)
+
+    def gate(self, candidate: Candidate, budget: Literal["quick", "full"] = "quick") -> Verdict:
+        """Check against the oracle, on adversarial inputs. A candidate outside its space is refused here."""
+        self.at(candidate)
+        try:
+            entry = registry.current().get(candidate.backend)
+            config = entry.backend.space(self.plan.problem, self.hardware).check(candidate.config)
+            r = check_backend(entry.backend, self.plan.problem, config, self.hardware, budget=budget)
+        except AttnregError as error:
+            return Verdict(False, str(error))
+        except Exception as error:
+            return Verdict(False, f"raised {type(error).__name__}: {error}")
+        if not r.ok:
+            return Verdict(False, r.reason)
+        return Verdict(True, "", r.error, r.bound, r.grad_error or 0.0, r.grad_bound or 0.0)
+
+    def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
+        """Prepare, call, and watch what memory each call takes and leaves.
+
+        give_up: a candidate that takes longer than this many seconds a call is not looked at further (0: never).
+        """
+        self.at(candidate)
+        try:
+            backend = registry.current().get(candidate.backend).backend
+            config = backend.space(self.inputs.problem, self.hardware).check(candidate.config)
+            call = bind(backend.prepare(self.inputs.problem, config), self.inputs)
+            first = self.clock.once(call)
+            seconds = self.clock.once(call)
+            if give_up and seconds > give_up:
+                return Opened(first, seconds, 0, 0)
+            seconds = min(seconds, self.clock.once(call))
+            settle(self.clock.device)  # memory that is free but not given back would hide the peak
+            peak = peak_over(call, self.clock.device)
+            leak = self._leak(call, seconds)
+        except Exception as error:
+            raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
+        self._calls[candidate.key] = (call, seconds)
+        return Opened(first, seconds, peak, leak)
+
+    def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
+        """Interleaved samples with probes between them; each round in an order of its own."""
+        if self._probes is None:
+            self._probes = Probes(self.hardware)
+        out = []
+        for _ in range(count):
+            order = list(range(len(candidates)))
+            self._random.shuffle(order)
+            seconds, quiet = [0.0] * len(order), [False] * len(order)
+            before = self._probes.quiet()
+            for n in order:
+                seconds[n] = self._sample(candidates[n])
+                after = self._probes.quiet()
+                quiet[n], before = before and after, after
+            out.append(Round(tuple(seconds), tuple(quiet)))
+        return out
+
+    def close(self, candidate: Candidate) -> None:
+        """Forget a candidate and what it holds."""
+        self._calls.pop(candidate.key, None)
+
+    def _sample(self, candidate: Candidate) -> float:
+        if candidate.key not in self._calls:
+            self.open(candidate)
+        call, seconds = self._calls[candidate.key]
+        self.at(candidate)
+        try:
+            return self.clock.sample(call, seconds)
+        except Exception as error:
+            raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
+
+    def _leak(self, call: Thunk, seconds: float) -> int:
+        """Bytes that a call leaves behind, if it does so in each of three windows; else 0.
+
+        A cache or a pool grows in the first window and then stops; a leak goes on.
+        """
+        p = self.plan.problem
+        rows = (p.total_q or p.batch * p.sq) * p.q_heads
+        least = rows * p.head_dim_v * torch.empty(0, dtype=p.out_dtype).element_size() // 2
+        affordable = int(self.plan.leak_seconds / 3 / max(seconds, 1e-7))
+        count = max(1, min(affordable, MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3))
+        held = settle(self.clock.device)
+        growth = []
+        for _ in range(3):
+            for _ in range(count):
+                call()
+            now = settle(self.clock.device)
+            growth.append(now - held)
+            held = now
+        grew = min(growth)
+        return grew // count if grew >= max(LEAK_BYTES, least * count // 2) else 0

@@ -1,0 +1,109 @@
+"""Evaluate one candidate: gate, then memory, then time against the fastest so far in the same rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from attnreg.measure import Bench, Candidate, Died, Refusal, Round, Verdict
+from attnreg.tuning.stats import interval, log_ratios
+
+__all__ = ["Evaluator", "Outcome", "paired"]
+
+ROUNDS = 5
+HOPELESS = 1.5
+"""A candidate this many times slower than the fastest is not timed further."""
+FASTER = 0.97
+"""One this much faster takes the reference's place."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate.
+
+    seconds: its time, as if taken under the conditions of the first candidate; None if it must not be used.
+    kind: "ok", or "gate", "leak", "raise", "crash", "hang", "memory" with the reason.
+    """
+
+    seconds: float | None
+    kind: str = "ok"
+    reason: str = ""
+    verdict: Verdict | None = None
+    peak_memory: int = 0
+
+    def notes(self) -> dict[str, Any]:
+        """Plain data to keep with the trial."""
+        data: dict[str, Any] = {"kind": self.kind, "reason": self.reason, "peak_memory": self.peak_memory}
+        return {**data, "verdict": asdict(self.verdict) if self.verdict is not None else None}
+
+
+class Evaluator:
+    """Evaluates candidates one after another on a bench. `reference`: the fastest so far, with its seconds.
+
+    Machines drift over the minutes of a search. Each candidate is timed in turns with the fastest one so far, and
+    its time is that one's times the ratio: drift cancels.
+    """
+
+    def __init__(self, bench: Bench, reference: tuple[Candidate, float] | None = None) -> None:
+        self.bench = bench
+        self.reference = reference
+
+    def evaluate(self, candidate: Candidate) -> Outcome:
+        """Gate it, open it, time it."""
+        verdict: Verdict | None = None
+        try:
+            verdict = self.bench.gate(candidate, "quick")
+            if not verdict.ok:
+                return Outcome(None, "gate", verdict.reason)
+            opened = self.bench.open(candidate, 3 * self.reference[1] if self.reference else 0.0)
+            if opened.leak:
+                self._close(candidate)
+                return Outcome(None, "leak", f"leaves {opened.leak} bytes behind at each call", verdict)
+            seconds = self._time(candidate, opened.seconds)
+        except Refusal as why:
+            self._close(candidate)
+            if why.candidate not in (None, candidate) and self.reference is not None:
+                # The reference broke while this one was timed against it: it must go, this one may yet be fine.
+                self.reference = None
+                return self.evaluate(candidate)
+            return Outcome(None, why.kind if isinstance(why, Died) else "raise", str(why), verdict)
+        return Outcome(seconds, "ok", "", verdict, opened.peak_memory)
+
+    def _time(self, candidate: Candidate, roughly: float) -> float:
+        if self.reference is None:
+            rounds = self.bench.rounds([candidate], ROUNDS)
+            seconds = _median([r.seconds[0] for r in rounds if r.quiet[0]] or [r.seconds[0] for r in rounds])
+            self.reference = (candidate, seconds)
+            return seconds
+        fastest, usual = self.reference
+        # One bad first sample must not cast out a good candidate: two, with the roughly known time, may.
+        rounds = self.bench.rounds([fastest, candidate], 2)
+        ratio = math.exp(interval(paired(rounds, 1, 0), 0.9)[1])
+        if ratio < HOPELESS or roughly < HOPELESS * usual:
+            rounds += self.bench.rounds([fastest, candidate], ROUNDS - len(rounds))
+            ratio = math.exp(interval(paired(rounds, 1, 0), 0.9)[1])
+        seconds = usual * ratio
+        if ratio < FASTER:
+            self._close(fastest)
+            self.reference = (candidate, seconds)
+        else:
+            self._close(candidate)
+        return seconds
+
+    def _close(self, candidate: Candidate) -> None:
+        with contextlib.suppress(Refusal):
+            self.bench.close(candidate)
+
+
+def paired(rounds: Sequence[Round], one: int, other: int) -> list[float]:
+    """log(time of `one` / time of `other`) of the rounds in which both ran undisturbed; of all if none did."""
+    clean = [r for r in rounds if r.quiet[one] and r.quiet[other]] or list(rounds)
+    return log_ratios([r.seconds[one] for r in clean], [r.seconds[other] for r in clean])
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]

@@ -1,0 +1,125 @@
+"""Finals: the best few candidates of a search through the full gate and into the race."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import optuna
+
+from attnreg.measure import Bench, Candidate, Refusal, Round, Verdict
+from attnreg.tuning.outcome import Final
+from attnreg.tuning.race import Finish, Lap, race
+from attnreg.tuning.report import Looked, Progress, Refused
+from attnreg.tuning.search import WORST, Search
+
+__all__ = ["finals"]
+
+FINALISTS = 8
+CLOSE = 1.10
+"""Candidates within this factor of the fastest go to the race."""
+RIVAL = 1.6
+"""The best of another backend goes too, within this factor: a record should say by how much it lost."""
+RACE_SECONDS = 30.0
+
+
+def finals(
+    bench: Bench,
+    study: optuna.Study,
+    search: Search,
+    confidence: float,
+    seconds_left: float,
+    tell: Callable[[Progress], object],
+) -> Final:
+    """Full gate and race of the best few; what an interrupted session did of it is not done again."""
+    looked, refused = _looked(search)
+    verdicts: dict[str, Verdict] = {}
+    finalists: list[Candidate] = []
+    for entry in _finalists(looked):
+        candidate = entry.candidate
+        tell(Progress("gate", len(finalists), FINALISTS, (candidate, entry.seconds), "full gate"))
+        verdict = _full_gate(bench, study, candidate)
+        if verdict.ok:
+            verdicts[candidate.key] = verdict
+            finalists.append(candidate)
+        else:
+            refused.append(Refused(candidate, "gate", verdict.reason))
+    if not finalists:
+        return Final(None, {}, looked, refused)
+    memory = {x.candidate.key: x.peak_memory for x in looked}
+    laps = _laps(study)
+    finish: Finish | None = race(
+        bench,
+        finalists,
+        memory,
+        confidence=confidence,
+        seconds=max(min(seconds_left, RACE_SECONDS), 1.0),
+        laps=laps,
+        on_lap=lambda lap, running: _keep_lap(study, lap, running, tell),
+    )
+    by_key = {c.key: c for c in finalists}
+    for key, (kind, reason) in (finish.broke if finish is not None else {}).items():
+        refused.append(Refused(by_key[key], kind, reason))
+    return Final(finish, verdicts, looked, refused)
+
+
+def _looked(search: Search) -> tuple[list[Looked], list[Refused]]:
+    looked, refused, seen = [], [], set()
+    for trial in search.results():
+        said = trial.user_attrs.get("candidate")
+        candidate = Candidate(said["backend"], said["config"]) if said else None
+        if candidate is None or candidate.key in seen or trial.value is None:
+            continue
+        seen.add(candidate.key)
+        attrs = trial.user_attrs
+        if trial.value < WORST:
+            looked.append(Looked(candidate, trial.value, attrs.get("why", ""), attrs.get("peak_memory", 0)))
+        else:
+            refused.append(Refused(candidate, attrs.get("kind", "gate"), attrs.get("reason", "")))
+    return sorted(looked, key=lambda x: x.seconds), refused
+
+
+def _finalists(looked: list[Looked]) -> list[Looked]:
+    """Those near the fastest, and the best of each other backend that is not far off."""
+    if not looked:
+        return []
+    fastest = looked[0].seconds
+    chosen = [x for x in looked if x.seconds <= CLOSE * fastest][:FINALISTS]
+    backends = {x.candidate.backend for x in chosen}
+    for x in looked:
+        if x.candidate.backend not in backends and x.seconds <= RIVAL * fastest:
+            backends.add(x.candidate.backend)
+            chosen.append(x)
+    return chosen if len(chosen) > 1 else looked[:2]
+
+
+def _full_gate(bench: Bench, study: optuna.Study, candidate: Candidate) -> Verdict:
+    name = f"full gate {candidate.key}"
+    known = study.user_attrs.get(name)
+    if known is not None:
+        return Verdict(**known)
+    try:
+        verdict = bench.gate(candidate, "full")
+    except Refusal as why:
+        verdict = Verdict(False, str(why))
+    study.set_user_attr(name, asdict(verdict))
+    return verdict
+
+
+def _keep_lap(study: optuna.Study, lap: Lap, running: list[Candidate], tell: Callable[[Progress], object]) -> None:
+    number = sum(name.startswith("lap ") for name in study.user_attrs)
+    study.set_user_attr(f"lap {number}", asdict(lap))
+    note = f"racing {', '.join(map(str, running[:3]))}"
+    tell(Progress("race", number + 1, None, None, note))
+
+
+def _laps(study: optuna.Study) -> list[Lap]:
+    kept = study.user_attrs
+    numbers = sorted(int(name.split()[1]) for name in kept if name.startswith("lap "))
+    return [
+        Lap(
+            tuple(kept[f"lap {n}"]["candidates"]),
+            tuple(Round(tuple(r["seconds"]), tuple(r["quiet"])) for r in kept[f"lap {n}"]["rounds"]),
+        )
+        for n in numbers
+    ]

@@ -1,0 +1,195 @@
+"""Search: which candidate to look at next. Seeds first, then all of a small space, or TPE with local descent."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from attnreg.measure import Candidate
+from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.storage import abandoned, owner
+
+__all__ = ["ENUMERATE", "Proposal", "Search", "make_sampler"]
+
+ENUMERATE = 200
+"""Spaces of at most this many points are looked at whole."""
+PAYS = 0.995
+"""An improvement must be at least this factor to count as one."""
+WORST = 1e6
+"""Seconds told for what cannot be used; its violated constraint, not this number, is what the sampler learns from."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate to look at, and why: "default", "seed", "neighbour", "static", "descent", "tpe", "random", "all"."""
+
+    candidate: Candidate
+    why: str
+    trial: optuna.Trial
+
+
+class Search:
+    """Ask for candidates and tell their times; all state is in the study, so that a new process goes on with it.
+
+    space: what to search. seeds: (candidate, why) to try first. limit: stop after so many candidates. enumerate_up_to:
+    spaces no larger are looked at whole. patience: stop after so many sampled candidates in a row that did not
+    pay, once no neighbour of the best is left.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: JointSpace,
+        seeds: Sequence[tuple[Candidate, str]] = (),
+        *,
+        limit: int | None = None,
+        enumerate_up_to: int = ENUMERATE,
+        patience: int = 24,
+        seed: int = 0,
+    ) -> None:
+        self.study = study
+        self.space = space
+        self.limit = limit
+        self.patience = patience
+        self.rng = random.Random(seed)
+        self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
+        self.seen: dict[str, float] = {}
+        self.best: tuple[float, Candidate] | None = None
+        self._idle = 0
+        self._queue: list[tuple[Candidate, str]] = list(seeds)
+        self._followed: set[int] = set()
+        self._taken: set[str] = set()
+        self._adopt()
+        if self.whole:
+            rest = list(space.points())
+            self.rng.shuffle(rest)  # a budget that ends early should not always miss the same end
+            self._queue += [(c, "all") for c in rest]
+
+    @property
+    def done(self) -> int:
+        """How many candidates were looked at, in this process and before."""
+        return len(self.seen)
+
+    def ask(self) -> Proposal | None:
+        """The next candidate; None when the budget is spent or more cannot pay."""
+        self._follow()
+        if self.limit is not None and self.done >= self.limit:
+            return None
+        while self._queue:
+            candidate, why = self._queue.pop(0)
+            if self._fresh(candidate):
+                return self._proposed(candidate, why)
+        if self.whole:
+            return None
+        return self._descend() or self._sample()
+
+    def tell(self, proposal: Proposal, seconds: float | None, **notes: Any) -> None:
+        """Keep a result: seconds a call, or None for a candidate that must not be used. notes: plain data to keep."""
+        for name, value in notes.items():
+            proposal.trial.set_user_attr(name, value)
+        if seconds is None:
+            proposal.trial.set_constraint("usable", 1.0)
+        else:
+            proposal.trial.set_constraint("usable", 0.0)
+        self.study.tell(proposal.trial, WORST if seconds is None else seconds)
+        self._note(proposal.candidate, seconds, proposal.why)
+
+    def give_up(self, proposal: Proposal) -> None:
+        """Take a proposal back unjudged, as when the user interrupts: it may be proposed again."""
+        self.study.tell(proposal.trial, state=TrialState.FAIL)
+
+    def results(self) -> list[optuna.trial.FrozenTrial]:
+        """Finished trials of every process on this study, oldest first."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _note(self, candidate: Candidate, seconds: float | None, why: str) -> None:
+        self.seen[candidate.key] = WORST if seconds is None else seconds
+        paid = seconds is not None and (self.best is None or seconds < PAYS * self.best[0])
+        if seconds is not None and (self.best is None or seconds < self.best[0]):
+            self.best = (seconds, candidate)
+        if why in ("tpe", "random", "descent"):
+            self._idle = 0 if paid else self._idle + (why != "descent")
+
+    def _follow(self) -> None:
+        """Take note of what other processes on this study found, and of what they are at."""
+        for trial in self.results():
+            if trial.number in self._followed:
+                continue
+            self._followed.add(trial.number)
+            candidate = _candidate_of(trial)
+            if candidate is not None and candidate.key not in self.seen:
+                usable = trial.value is not None and trial.value < WORST
+                self._note(candidate, trial.value if usable else None, trial.user_attrs.get("why", ""))
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        self._taken = {c.key for c in map(_candidate_of, running) if c is not None}
+
+    def _adopt(self) -> None:
+        """Take over what the study holds, and requeue what a dead process was at."""
+        self._follow()
+        self._idle = 0
+        for trial in abandoned(self.study):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            candidate = _candidate_of(trial)
+            if candidate is not None:
+                self._queue.insert(0, (candidate, "again"))
+
+    def _descend(self) -> Proposal | None:
+        """An untried neighbour of the best, if one is left."""
+        if self.best is None:
+            return None
+        near = [c for c in self.space.neighbours(self.best[1]) if self._fresh(c)]
+        return self._proposed(self.rng.choice(near), "descent") if near else None
+
+    def _sample(self) -> Proposal | None:
+        """What TPE says; what it repeats or breaks a constraint with is replaced by a random point."""
+        if self._idle >= self.patience:
+            return None
+        for _ in range(8):
+            trial = self._quietly_ask()
+            candidate = self.space.suggest(trial)
+            if self._fresh(candidate):
+                return self._owned(trial, candidate, "tpe")
+            self.study.tell(trial, state=TrialState.FAIL)
+        for _ in range(200):
+            candidate = self.space.sample(self.rng)
+            if self._fresh(candidate):
+                return self._proposed(candidate, "random")
+        return None
+
+    def _fresh(self, candidate: Candidate) -> bool:
+        new = candidate.key not in self.seen and candidate.key not in self._taken
+        return new and self.space.contains(candidate)
+
+    def _proposed(self, candidate: Candidate, why: str) -> Proposal:
+        self.study.enqueue_trial(self.space.to_params(candidate))
+        trial = self._quietly_ask()
+        return self._owned(trial, self.space.suggest(trial), why)
+
+    def _owned(self, trial: optuna.Trial, candidate: Candidate, why: str) -> Proposal:
+        trial.set_user_attr("owner", owner())
+        trial.set_user_attr("why", why)
+        trial.set_user_attr("candidate", {"backend": candidate.backend, "config": dict(candidate.config)})
+        return Proposal(candidate, why, trial)
+
+    def _quietly_ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return self.study.ask()
+
+
+def make_sampler(seed: int) -> optuna.samplers.TPESampler:
+    """TPE that models what is common to a backend's parameters together, each backend apart (group)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=10)
+
+
+def _candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate | None:
+    said = trial.user_attrs.get("candidate")
+    return Candidate(said["backend"], said["config"]) if said else None

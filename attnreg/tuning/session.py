@@ -1,0 +1,263 @@
+"""A session: tune one problem from search to record, in a study that can be interrupted and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+
+from attnreg import registry, store
+from attnreg.backend import Backend, estimate_seconds
+from attnreg.errors import SpecError, TuneError
+from attnreg.hardware import Hardware, detect
+from attnreg.measure import Bench, Candidate, LocalBench, Plan, Worker
+from attnreg.problem import Problem
+from attnreg.records import hardware_facts, software
+from attnreg.tuning.evaluate import Evaluator
+from attnreg.tuning.finals import finals
+from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.outcome import make_report
+from attnreg.tuning.report import Progress, TuneReport
+from attnreg.tuning.search import ENUMERATE, Search, make_sampler
+from attnreg.tuning.storage import digest, open_storage, open_study
+
+__all__ = ["Options", "tune_problem"]
+
+WORKER_ONLY = "not loaded in the measuring worker; give it an entry point or ATTNREG_PLUGINS, or say isolate=False"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to tune. The defaults suit a call at a prompt.
+
+    trials: most candidates to look at, None for as many as pay. seconds: for the whole problem, None for no limit.
+    storage: a journal file or a database URL; None for a journal of the problem's own in the data folder.
+    backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a worker process.
+    keep: write the record to the user's database. time_limit: seconds that one step of a candidate may take.
+    memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at most so
+    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay.
+    """
+
+    trials: int | None = None
+    seconds: float | None = None
+    storage: str | Path | None = None
+    backends: tuple[str, ...] | None = None
+    cache: Literal["warm", "cold"] = "warm"
+    isolate: bool = True
+    keep: bool = True
+    seed: int = 0
+    confidence: float = 0.99
+    time_limit: float = 120.0
+    memory_limit: int = 0
+    enumerate_up_to: int = ENUMERATE
+    patience: int = 24
+
+
+@dataclass
+class _Setting:
+    """What is fixed for a session."""
+
+    problem: Problem
+    options: Options
+    hardware: Hardware
+    backends: Mapping[str, Backend]
+    unsupported: dict[str, tuple[str, ...]]
+    started: float
+    tell: Callable[[Progress], object]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: backend.version for name, backend in sorted(self.backends.items())}
+
+    def left(self) -> float:
+        limit = self.options.seconds
+        return math.inf if limit is None else limit - (time.monotonic() - self.started)
+
+
+def tune_problem(
+    problem: Problem, options: Options = Options(), on_progress: Callable[[Progress], object] = lambda _: None
+) -> TuneReport:
+    """Find the fastest correct backend and configuration for a problem, and keep the record.
+
+    Every candidate passes the gate before it is timed. A candidate that fails, crashes, hangs, leaks or runs out of
+    memory is a result; it never ends the run. Raises TuneError where tuning cannot start: a custom mask, a device
+    that this machine lacks, a storage that cannot be opened, or no backend for the problem.
+    """
+    setting = _setting(problem, options, on_progress)
+    plan = Plan(
+        problem,
+        cache=options.cache,
+        threads=torch.get_num_threads() if setting.hardware.kind == "cpu" else 0,
+        time_limit=options.time_limit,
+        memory_limit=options.memory_limit,
+        seed=options.seed,
+    )
+    with _quiet_optuna(), Worker(plan) if options.isolate else LocalBench(plan) as bench:
+        about = bench.about()
+        for name in set(setting.backends) - set(about.versions):
+            setting.unsupported[name] = (WORKER_ONLY,)
+        setting.backends = {n: b for n, b in setting.backends.items() if n in about.versions}
+        if not setting.backends:
+            raise TuneError(f"no backend can run {problem}: {_reasons(setting.unsupported)}")
+        space = JointSpace(_spaces(setting))
+        study = _study(setting, space, plan)
+        search = Search(
+            study,
+            space,
+            _seeds(setting, space),
+            limit=options.trials,
+            enumerate_up_to=options.enumerate_up_to,
+            patience=options.patience,
+            seed=options.seed,
+        )
+        resumed = search.done
+        stopped = _search(setting, bench, search)
+        final = finals(bench, study, search, options.confidence, setting.left(), on_progress)
+        made = make_report(
+            setting.problem,
+            final,
+            unsupported=setting.unsupported,
+            trials=search.done,
+            resumed=resumed,
+            stopped=stopped,
+            elapsed=time.monotonic() - setting.started,
+            confidence=options.confidence,
+            circumstances={
+                "hardware": hardware_facts(setting.hardware),
+                "software": {**software(), "backends": setting.versions},
+                "versions": setting.versions,
+                "cache": options.cache,
+                "threads": plan.threads,
+                "timer": about.timer,
+            },
+        )
+        if made.record is not None and options.keep:
+            store.current().add(made.record)
+        study.set_user_attr("done", {"winner": str(made.winner), "trials": made.trials})
+    setting.tell(Progress("done", search.done, None, search.best and (search.best[1], search.best[0])))
+    return made
+
+
+def _setting(problem: Problem, options: Options, tell: Callable[[Progress], object]) -> _Setting:
+    try:
+        problem.key()
+    except SpecError as error:
+        raise TuneError(f"cannot be tuned: {error}; say the mask with attnreg.masks") from error
+    try:
+        hardware = detect(problem.device)
+    except (RuntimeError, AssertionError) as error:
+        raise TuneError(f"device {problem.device!r} is not here: {error}; see attnreg tune --target") from error
+    entries = registry.current().entries
+    for name in options.backends or ():
+        registry.current().get(name)
+    backends, unsupported = {}, {}
+    for name, entry in sorted(entries.items()):
+        if options.backends is not None and name not in options.backends:
+            continue
+        try:
+            why = list(entry.backend.supports(problem, hardware))
+        except Exception as error:
+            why = [f"its supports() raised {type(error).__name__}: {error}"]
+        if why:
+            unsupported[name] = tuple(why)
+        else:
+            backends[name] = entry.backend
+    if not backends:
+        raise TuneError(f"no backend can run {problem}: {_reasons(unsupported)}")
+    return _Setting(problem, options, hardware, backends, unsupported, time.monotonic(), tell)
+
+
+def _spaces(setting: _Setting) -> dict[str, Any]:
+    spaces = {}
+    for name, backend in list(setting.backends.items()):
+        try:
+            spaces[name] = backend.space(setting.problem, setting.hardware)
+        except Exception as error:
+            setting.unsupported[name] = (f"its space() raised {type(error).__name__}: {error}",)
+            setting.backends = {n: b for n, b in setting.backends.items() if n != name}
+    return spaces
+
+
+def _study(setting: _Setting, space: JointSpace, plan: Plan) -> optuna.Study:
+    """The study of exactly this question: problem, machine class, versions, spaces, policy."""
+    about = {
+        "problem": setting.problem.to_json(),
+        "hardware": setting.hardware.slug,
+        "software": {**software(), "backends": setting.versions},
+        "spaces": space.signature(),
+        "policy": [plan.cache, plan.threads],
+    }
+    name = digest(about)
+    where = setting.options.storage
+    if where is None:
+        where = store.data_dir() / "studies" / setting.hardware.slug / f"{name}.journal"
+    study = open_study(open_storage(where), f"attnreg-{name}", make_sampler(setting.options.seed))
+    if "about" not in study.user_attrs:
+        study.set_user_attr("about", {**about, "text": str(setting.problem)})
+    return study
+
+
+def _seeds(setting: _Setting, space: JointSpace) -> list[tuple[Candidate, str]]:
+    """Defaults, fastest by estimate first; records that speak for the problem; then the backends' own seeds."""
+    p, hardware = setting.problem, setting.hardware
+
+    def rank(name: str) -> tuple[float, str]:
+        seconds = estimate_seconds(setting.backends[name], p, hardware)
+        return (math.inf if seconds is None else seconds, name)
+
+    names = sorted(space.spaces, key=rank)
+    out = [(Candidate(name, space.spaces[name].default), "default") for name in names]
+    for match in store.current().find(p, hardware, setting.versions, cache=setting.options.cache):
+        why = "static" if match.rung == "static" else "neighbour" if match.rung == "nearest" else "record"
+        out.append((Candidate(match.backend, match.config), why))
+    longest = max((len(space.spaces[name].seeds) for name in names), default=0)
+    for n in range(longest):
+        out += [(Candidate(m, space.spaces[m].seeds[n]), "seed") for m in names if n < len(space.spaces[m].seeds)]
+    return out
+
+
+def _search(setting: _Setting, bench: Bench, search: Search) -> str:
+    """Evaluate what the search proposes; returns why it ended."""
+    best = search.best
+    evaluator = Evaluator(bench, (best[1], best[0]) if best is not None else None)
+    total = search.space.count(ENUMERATE) if search.whole else search.limit
+    while True:
+        if setting.left() < 0.25 * (setting.options.seconds or 0.0):
+            return "the time for the search was spent"
+        proposal = search.ask()
+        if proposal is None:
+            break
+        try:
+            outcome = evaluator.evaluate(proposal.candidate)
+        except BaseException:
+            search.give_up(proposal)
+            raise
+        search.tell(proposal, outcome.seconds, **outcome.notes())
+        now = search.best and (search.best[1], search.best[0])
+        said = f"{proposal.candidate}: {outcome.kind}" + (f": {outcome.reason}" if outcome.reason else "")
+        setting.tell(Progress("search", search.done, total, now, said))
+    if search.limit is not None and search.done >= search.limit:
+        return "the budget of trials was spent"
+    return "every point was looked at" if search.whole else "more trials could not pay"
+
+
+def _reasons(unsupported: Mapping[str, tuple[str, ...]]) -> str:
+    return "; ".join(f"{name}: {', '.join(why)}" for name, why in unsupported.items()) or "none is loaded"
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Optuna logs every trial; progress is told by this package."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

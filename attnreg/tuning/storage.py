@@ -1,0 +1,137 @@
+"""Where studies live: one journal a problem by default, a journal or a database of the user's choice otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from attnreg.errors import TuneError
+
+__all__ = ["abandoned", "digest", "open_storage", "open_study", "owner"]
+
+STALE_SECONDS = 1800.0
+"""A trial of another host that runs for longer than this is taken as abandoned."""
+
+
+class _KernelLock:
+    """A lock for journals that the kernel frees when its holder is killed; Optuna's own would stay behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(str(path) + ".lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def open_storage(where: str | Path) -> BaseStorage:
+    """A journal file, or a database for a URL such as postgresql://host/name. Raises TuneError if it cannot be opened.
+
+    A journal line that a kill left half written is cut off: Optuna would refuse the whole file.
+    """
+    text = str(where)
+    try:
+        if "://" in text:
+            return RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
+        path = Path(where)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _KernelLock(path)
+        lock.acquire()
+        try:
+            _cut_torn_line(path)
+        finally:
+            lock.release()
+        # Optuna keeps its base class for locks private; a lock is anything with acquire and release.
+        backend = JournalFileBackend(str(path), lock_obj=lock)  # type: ignore[arg-type]  # as above
+        return JournalStorage(backend)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise TuneError(f"storage {_without_password(text)} cannot be opened: {why}") from error
+
+
+def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """The unfinished study of that name, or a new generation of it: a finished one is never added to."""
+    generation = 1
+    while True:
+        study = optuna.create_study(
+            storage=storage, sampler=sampler, study_name=f"{name}#{generation}", load_if_exists=True
+        )
+        if "done" not in study.user_attrs:
+            return study
+        generation += 1
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """A name for what a study is about, the same in every process: 16 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def owner() -> str:
+    """This process, so that another can see whether it still lives."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def abandoned(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Running trials whose process is gone."""
+    now = datetime.datetime.now()
+    out = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
+        pid, _, started = rest.partition(":")
+        if host == socket.gethostname() and pid.isdigit():
+            gone = _started(int(pid)) != started
+        else:
+            age = (now - trial.datetime_start).total_seconds() if trial.datetime_start else STALE_SECONDS + 1
+            gone = age > STALE_SECONDS
+        if gone:
+            out.append(trial)
+    return out
+
+
+def _started(pid: int) -> str:
+    """When the process started, in the kernel's ticks; empty if there is none. Numbers are reused, start times not."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        return "alive"
+    return ""
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop the end of the file after its last whole line, and a last line that is no JSON."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        try:
+            json.loads(data[start:end])
+            break
+        except ValueError:
+            end = start
+    if end != len(data):
+        with open(path, "r+b") as file:
+            file.truncate(end)
+
+
+def _without_password(url: str) -> str:
+    scheme, sep, rest = url.partition("://")
+    return f"{scheme}{sep}{rest.rpartition('@')[2]}" if sep else url
