@@ -40,6 +40,7 @@ def block_layout(
     offset: Lengths = None,
     q_len: Lengths = None,
     kv_len: Lengths = None,
+    pattern_keys: Lengths = None,
     tensors: Mapping[str, Any] | None = None,
     packed: bool = False,
     device: torch.device | str = "cpu",
@@ -48,9 +49,11 @@ def block_layout(
 
     heads: query heads. offset: position of row 0 on the key time line, one for all or one a batch; the default is
     bottom-right, kv_len - q_len. q_len, kv_len: the rows and keys that exist, one for all or one a batch; the
-    default is sq and skv. tensors: the call tensors that mask and sparsity need (`kv_lengths` [batch],
-    `document_ids` [batch, skv], `attn_mask`, ...), on any device. packed: layout thd, where each sequence is a
-    batch and documents are already apart. device: where the arrays go; `Custom` masks are evaluated there.
+    default is sq and skv. pattern_keys: the keys that BigBird counts its last blocks from and draws from; skv by
+    default, and packed sequences give their own lengths. tensors: the call tensors that mask and sparsity need
+    (`kv_lengths` [batch], `document_ids` [batch, skv], `attn_mask`, ...), on any device. packed: layout thd, where
+    each sequence is a batch and documents are already apart. device: where the arrays go; `Custom` masks are
+    evaluated there.
 
     Time and memory are O(live blocks), plus the evaluation of the different undecided tiles; `Dense` and `Custom`
     are evaluated block by block, in bounded memory.
@@ -72,10 +75,11 @@ def block_layout(
     given = _needed(mask, pattern, tensors or {}, batch, packed)
     q_lens = _lengths("q_len", q_len, batch, sq, 0, sq)
     kv_lens = _lengths("kv_len", kv_len, batch, skv, 0, skv)
+    pattern_lens = _lengths("pattern_keys", pattern_keys, batch, skv, 0, skv)
     offsets = _lengths("offset", offset, batch, kv_lens - q_lens, -(2**61), 2**61)
-    by_batch, by_head = _depends(mask, pattern, given, q_lens, kv_lens, offsets)
+    by_batch, by_head = _depends(mask, pattern, given, (q_lens, kv_lens, offsets, pattern_lens))
     n_batch, n_heads = (batch if by_batch else 1), (heads if by_head else 1)
-    lens = (offsets[:n_batch], q_lens[:n_batch], kv_lens[:n_batch])
+    lens = (x[:n_batch] for x in (offsets, q_lens, kv_lens, pattern_lens))
     grid = Grid(sq, skv, block_q, block_kv, n_batch, n_heads, *lens)
     if grid.lines >= LIMIT:
         raise InputError("sq", f"{grid.lines} row blocks do not fit int32 lists; use larger blocks than {block_q}")
@@ -88,7 +92,7 @@ def block_layout(
     tiles, kind = _listed(grid, whole)
     # Custom reads tensors of its own, which live where the call's do.
     where = torch.device(device) if any(isinstance(x, m.Custom) for x in m.walk(mask)) else torch.device("cpu")
-    bits = _resolve(mask, pattern, tiles, kind, whole, given, heads, packed, where)
+    bits = _resolve(mask, pattern, tiles, kind, whole, given, packed, where)
     return _finish(grid, tiles, kind, bits, batch, heads, q_len, kv_len, torch.device(device))
 
 
@@ -125,10 +129,10 @@ def _lengths(name: str, value: Lengths, batch: int, default: int | Ints, low: in
 
 
 def _depends(
-    mask: m.Mask, pattern: s.Sparsity, given: Mapping[str, Tensor], q_lens: Ints, kv_lens: Ints, offsets: Ints
+    mask: m.Mask, pattern: s.Sparsity, given: Mapping[str, Tensor], lengths: tuple[Ints, ...]
 ) -> tuple[bool, bool]:
     """Can the pattern differ between batches, between heads?"""
-    by_batch = any(bool((x != x[0]).any()) for x in (q_lens, kv_lens, offsets))
+    by_batch = any(bool((x != x[0]).any()) for x in lengths)
     by_head = isinstance(pattern, s.BigBird) and pattern.random_blocks > 0
     for name, x in given.items():
         if name in ("attn_mask", "block_mask"):
@@ -166,12 +170,11 @@ def _resolve(
     kind: Ints,
     whole: Analysis,
     given: Mapping[str, Tensor],
-    heads: int,
     packed: bool,
     where: torch.device,
 ) -> BitTiles:
     """Evaluates each different undecided tile once and writes the outcome to `kind`."""
-    exists = pattern_allows(pattern, heads, tiles.grid.skv)
+    exists = pattern_allows(pattern, tiles.grid)
 
     def allows(c: m.Coords) -> Tensor:
         return mask.allows(c) if isinstance(pattern, s.Dense) else mask.allows(c) & exists(c)

@@ -39,6 +39,7 @@ def cached_block_layout(
     offset: Lengths = None,
     q_len: Lengths = None,
     kv_len: Lengths = None,
+    pattern_keys: Lengths = None,
     tensors: Mapping[str, Any] | None = None,
     packed: bool = False,
     device: torch.device | str = "cpu",
@@ -53,7 +54,7 @@ def cached_block_layout(
     def build() -> BlockLayout:
         return block_layout(
             mask, sparsity, *sizes, heads=heads, batch=batch, offset=offset, q_len=q_len, kv_len=kv_len,
-            tensors=tensors, packed=packed, device=device,
+            pattern_keys=pattern_keys, tensors=tensors, packed=packed, device=device,
         )  # fmt: skip
 
     names = set(mask.tensors()) | (sparsity.tensors() if sparsity is not None else set())
@@ -62,7 +63,7 @@ def cached_block_layout(
         return build()
     if any(isinstance(x, m.Custom) for x in m.walk(mask)):
         return build()
-    held = tuple(_held(x) for x in (offset, q_len, kv_len, *(read[name] for name in sorted(read))))
+    held = tuple(_held(x) for x in (offset, q_len, kv_len, pattern_keys, *(read[name] for name in sorted(read))))
     key = (mask, sparsity, sizes, heads, batch, held, tuple(sorted(read)), packed, str(device))
     with _lock:
         layout = _kept.get(key)

@@ -158,7 +158,7 @@ def _by_rows(mask: m.Mask, sparsity: s.Sparsity, sq: int, skv: int, first: int, 
         turns = np.asarray(_turns(mask, sparsity, skv), dtype=np.int64) - first
         edges = np.union1d(edges, turns[(turns > 0) & (turns < sq)])
     offset, q_len, kv_len = (np.asarray([n], dtype=np.int64) for n in (first, sq, skv))
-    grid = _Rows(sq, skv, 1, 1, 1, 1, offset, q_len, kv_len, edges)
+    grid = _Rows(sq, skv, 1, 1, 1, 1, offset, q_len, kv_len, kv_len, edges)
     none: Mapping[str, npt.NDArray[Any]] = {}
     at = Context(grid, none, packed)
     whole, pattern = analyse(mask, at), analyse_pattern(sparsity, at)

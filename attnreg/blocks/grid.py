@@ -17,7 +17,8 @@ class Grid:
     """Sizes and positions. A line is one row block of one batch and head: ((b * heads) + h) * n_q + r.
 
     batch, heads: how many of each are told apart (1 where the pattern does not depend on them). offset, q_len,
-    kv_len: int64 [batch]; the position of row 0, and the rows and keys that exist.
+    kv_len, pattern_keys: int64 [batch]; the position of row 0, the rows and keys that exist, and the keys that a
+    sparsity pattern is laid over.
     """
 
     sq: int
@@ -29,6 +30,7 @@ class Grid:
     offset: Ints
     q_len: Ints
     kv_len: Ints
+    pattern_keys: Ints
 
     @property
     def n_q(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,23 +101,23 @@ def _listed(pattern: s.Blocks, at: Context) -> Callable[[Ints, Ints], Pieces]:
 
 
 def _bigbird(pattern: s.BigBird, grid: Grid) -> Callable[[Ints, Ints], Pieces]:
-    columns = -(-grid.skv // pattern.block)
     size, half, g = pattern.block, pattern.window // 2, pattern.global_blocks
+    many = -(-grid.pattern_keys // size)
 
     def keys_of(line: Ints, row: Ints) -> Pieces:
+        columns = many[grid.b[line]]
         piece = np.arange(line.size)
         zero, end = np.zeros_like(piece), np.full_like(piece, grid.skv)
         whole = ((row >= 0) & (row < g)) | ((row >= columns - g) & (row < columns))
         some = [
             (piece, (row - half) * size, (row + half + 1) * size),
             (piece, zero, zero + g * size),
-            (piece, np.maximum(zero + (columns - g) * size, 0), end),
+            (piece, np.maximum((columns - g) * size, 0), end),
             (piece[whole], zero[whole], end[whole]),
         ]
-        if pattern.random_blocks and columns:
-            drawn = pattern.random_columns(grid.heads, columns)
-            inside = np.flatnonzero((row >= 0) & (row < columns))
-            picks = drawn[grid.h[line[inside]], row[inside]]
+        for n in np.unique(columns) if pattern.random_blocks else ():
+            inside = np.flatnonzero((columns == n) & (row >= 0) & (row < n))
+            picks = pattern.random_columns(grid.heads, int(n))[grid.h[line[inside]], row[inside]]
             at, _ = np.nonzero(picks >= 0)
             column = picks[picks >= 0]
             some.append((inside[at], column * size, (column + 1) * size))
@@ -140,18 +139,28 @@ def _strided(pattern: s.Strided, grid: Grid) -> Callable[[Ints, Ints], Pieces]:
     return keys_of
 
 
-def pattern_allows(pattern: s.Sparsity, heads: int, skv: int) -> Callable[[Coords], Tensor | Any]:
-    """`pattern.allows` for many small calls: BigBird's draw is made once and not once a call."""
-    columns = -(-skv // pattern.block) if isinstance(pattern, s.BigBird) else 0
-    if not isinstance(pattern, s.BigBird) or not pattern.random_blocks or not columns:
-        return lambda c: pattern.allows(c, skv)
-    drawn = torch.from_numpy(pattern.random_columns(heads, columns))
+def pattern_allows(pattern: s.Sparsity, grid: Grid) -> Callable[[Coords], Tensor]:
+    """`pattern.allows` for many small calls on a grid: BigBird's draws are made once, for each length that occurs."""
+    if not isinstance(pattern, s.BigBird):
+        return lambda c: pattern.allows(c, grid.skv)
+    many = -(-grid.pattern_keys // pattern.block)
+    sizes, which = np.unique(many, return_inverse=True)
+    longest = max(int(sizes.max(initial=0)), 1)
+    drawn = np.full((sizes.size, grid.heads, longest, pattern.random_blocks), -1, dtype=np.int64)
+    for n, size in enumerate(sizes if pattern.random_blocks else ()):
+        drawn[n, :, :size] = pattern.random_columns(grid.heads, int(size))
+    of_batch = torch.from_numpy(which.reshape(-1).astype(np.int64))
+    columns_of, table = torch.from_numpy(many), torch.from_numpy(drawn)
 
     def allows(c: Coords) -> Tensor:
+        columns = columns_of.to(c.b.device)[c.b]
         row = torch.div(c.p, pattern.block, rounding_mode="floor")
         col = c.j // pattern.block
         inside = (row >= 0) & (row < columns)
-        picks = drawn[c.h, row.clamp(0, columns - 1)]
-        return pattern.structural(row, col, columns) | (inside & (picks == col.unsqueeze(-1)).any(-1))
+        out = pattern.structural(row, col, columns)
+        picks = table.to(c.b.device)[of_batch.to(c.b.device)[c.b], c.h, row.clamp(0, longest - 1)]
+        for n in range(pattern.random_blocks):
+            out = out | (inside & (picks[..., n] == col))
+        return out
 
     return allows

@@ -28,6 +28,7 @@ class Case:
     offset: list[int] | None
     q_len: list[int] | None
     kv_len: list[int] | None
+    pattern_keys: list[int] | None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -119,7 +120,7 @@ def cases(draw: st.DrawFn, leaves: st.SearchStrategy[m.Mask] = LEAVES) -> Case:
     names = mask.tensors() | sparsity.tensors()
     return Case(
         mask, sparsity, sq, skv, draw(st.sampled_from([1, 2, 7, 16, 32])), draw(st.sampled_from([1, 3, 16, 32, 33])),
-        batch, heads, lengths(-30, 60), lengths(0, sq), lengths(0, skv),
+        batch, heads, lengths(-30, 60), lengths(0, sq), lengths(0, skv), lengths(1, skv),
         random_tensors(names, sparsity, (batch, heads, sq, skv), draw(st.integers(0, 1000))),
     )  # fmt: skip
 
@@ -127,7 +128,7 @@ def cases(draw: st.DrawFn, leaves: st.SearchStrategy[m.Mask] = LEAVES) -> Case:
 def whole_case(mask: m.Mask, sparsity: s.Sparsity, sq: int, skv: int, offset: int | None, seed: int = 0) -> Case:
     """One batch and head, in one block."""
     tensors = random_tensors(mask.tensors() | sparsity.tensors(), sparsity, (1, 1, sq, skv), seed)
-    return Case(mask, sparsity, sq, skv, sq, skv, 1, 1, None if offset is None else [offset], None, None, tensors)
+    return Case(mask, sparsity, sq, skv, sq, skv, 1, 1, None if offset is None else [offset], None, None, None, tensors)
 
 
 def dense(case: Case) -> Tensor:
@@ -140,5 +141,8 @@ def dense(case: Case) -> Tensor:
     kv_len = torch.tensor(case.kv_len or [case.skv] * case.batch)
     offset = kv_len - q_len if case.offset is None else torch.tensor(case.offset)
     c = m.Coords(b, h, i, i + offset[b], j, case.tensors)
-    out = case.mask.allows(c) & case.sparsity.allows(c, case.skv)
+    keys = case.pattern_keys or [case.skv] * case.batch
+    shape = (case.batch, case.heads, case.sq, case.skv)
+    blocks = torch.stack([case.sparsity.allows(c, n).broadcast_to(shape)[at] for at, n in enumerate(keys)])
+    out = case.mask.allows(c) & blocks
     return out & (i < q_len[b]) & (j < kv_len[b]) & torch.ones(case.batch, case.heads, 1, 1, dtype=torch.bool)

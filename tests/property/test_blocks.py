@@ -18,7 +18,8 @@ few = settings(max_examples=150, deadline=None)
 def build(case: Case) -> BlockLayout:
     return block_layout(
         case.mask, case.sparsity, case.sq, case.skv, case.block_q, case.block_kv, heads=case.heads, batch=case.batch,
-        offset=case.offset, q_len=case.q_len, kv_len=case.kv_len, tensors=case.tensors,
+        offset=case.offset, q_len=case.q_len, kv_len=case.kv_len,
+        pattern_keys=case.pattern_keys, tensors=case.tensors,
     )  # fmt: skip
 
 
