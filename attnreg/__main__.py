@@ -1,0 +1,5 @@
+"""`python -m attnreg`."""
+
+from attnreg.cli import main
+
+main()
