@@ -56,9 +56,7 @@ def survey(
     packed: bool = False,
 ) -> Survey:
     """Batch 0 and head 0, on a grid of at most rows x columns cells. offset: position of row 0; None: skv - sq."""
-    for name, n in (("sq", sq), ("skv", skv), ("width", columns)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InputError(name, f"expected an integer >= 1, got {n!r}")
+    _check_sizes(sq=sq, skv=skv)
     given = {name: x.detach().cpu() if isinstance(x, Tensor) else x for name, x in (tensors or {}).items()}
     shift = skv - sq if offset is None else offset
     zero = torch.zeros((1, 1), dtype=torch.int64)
@@ -80,6 +78,12 @@ def survey(
         some |= flags
         every &= inner
     return Survey(kinds_of(some, every), sq, skv, None)
+
+
+def _check_sizes(**sizes: object) -> None:
+    for name, n in sizes.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InputError(name, f"expected an integer >= 1, got {n!r}")
 
 
 def edges_of(n: int, cells: int) -> Ints:
@@ -144,8 +148,9 @@ def text(
     title: str = "",
 ) -> str:
     """The picture in characters, at most `width` of them across; see `survey` for the rest."""
-    columns = max(1, min(skv, width)) if isinstance(skv, int) and isinstance(width, int) else width
     # A character is twice as tall as wide: so are the cells, unless the mask is small enough for pairs as squares.
+    _check_sizes(sq=sq, skv=skv, width=width)
+    columns = min(skv, width)
     small = 2 * skv <= width and sq <= TALLEST
     rows = sq if small else max(1, min(TALLEST, sq, round(columns * sq / (2 * skv))))
     seen = survey(allows, sq, skv, rows, columns, offset=offset, tensors=tensors, packed=packed)
