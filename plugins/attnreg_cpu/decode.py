@@ -30,7 +30,7 @@ CACHES = {
 }
 Q_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 SCALES = ("q_descale", "k_descale", "v_descale")
-_tail_packer = struct.Struct("=18q")
+_tail_packer = struct.Struct("=19q")
 
 
 def is_decode(problem: Problem) -> bool:
@@ -71,14 +71,21 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """
     heads = [n for n in (1, 2, 4, 8, 16, 32) if n < problem.kv_heads] + [problem.kv_heads]
     beside = problem.spec.layout != "bhsd" and problem.spec.page_size is None
-    default = {"kv_splits": 0, "block_kv": 64, "kv_heads": heads[-1] if beside else 1, "widen_rows": 3}
+    default = {
+        "kv_splits": 0,
+        "block_kv": 64,
+        "kv_heads": heads[-1] if beside else 1,
+        "widen_rows": 9,
+        "prefetch": 16384,
+    }
     narrow = problem.kv_dtype != "float32"
     return SearchSpace(
         choices={
             "kv_splits": [0, 1, 2, 4, 8, 16, 32],
             "block_kv": [32, 64, 128, 256],
             "kv_heads": heads,
-            "widen_rows": [1, 2, 3, 5, 9] if narrow else [3],
+            "prefetch": [0, 1024, 2048, 4096, 8192, 16384],
+            "widen_rows": [1, 2, 3, 5, 9] if narrow else [9],
         },
         default=default,
         constraints=[
@@ -125,6 +132,7 @@ class Decode:
             problem.head_dim_v,
             int(config["kv_heads"]),
             int(config["widen_rows"]),
+            int(config["prefetch"]),
         )
         self._plain_tail = _tail_packer.pack(*[0] * 12, *self._end)
 

@@ -43,7 +43,14 @@ ATTNREG_INLINE float widen(half_t x) {
 
 ATTNREG_INLINE vfloat load_wide(const float* p) { return load(p); }
 ATTNREG_INLINE vfloat load_wide(const bfloat_t* p) {
+    // GCC builds the generic conversion from two halves.
+#if defined(ATTNREG_AVX512)
+    return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(ATTNREG_AVX2)
+    return (vfloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
     return (vfloat)(__builtin_convertvector(load_as<vhalf>(p), vuint) << 16);
+#endif
 }
 ATTNREG_INLINE vfloat load_wide(const half_t* p) {
 #if defined(ATTNREG_AVX512)

@@ -18,6 +18,7 @@ struct DecodeParams {
     int64_t head_k, head_v;      // head dimensions
     int64_t head_block;          // KV heads that one task walks together
     int64_t stage;               // rows from which keys and values are widened once a tile
+    int64_t ahead;               // bytes of keys or values that are asked for in advance; 0: none
 };
 
 struct Task {

@@ -3,9 +3,21 @@
 // Keys and values come as one pointer a row, so that strided tensors and pages look alike. Few rows read keys in their own type, along
 // the head dimension; many rows stand in lanes and take float32 keys element by element, which needs no sums across lanes.
 #pragma once
+#include <type_traits>
+
 #include "decode_types.h"
 
 namespace attnreg {
+
+// Keeps a value that several multiply-adds share in its register: GCC would rather load it again for each.
+ATTNREG_INLINE vfloat shared(vfloat x) {
+#if defined(ATTNREG_AVX512)
+    asm("" : "+v"(x));
+#elif defined(ATTNREG_AVX2)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
 
 // Lane i of the result is the sum of v[i]'s lanes: each round halves the vectors by interleaving two and adding the halves.
 ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
@@ -22,9 +34,16 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     return v[0];
 }
 
-// scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys.
+// Asks for a cache line that will be read once.
+ATTNREG_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 0); }
+inline void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(static_cast<const char*>(row) + at);
+}
+
+// scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys. ahead > 0: asks for the rows that far on.
 template <class T, int ROWS>
-ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, float* scores, int64_t stride) {
+ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, int64_t ahead, float* scores,
+                             int64_t stride) {
     constexpr int KEYS = LANES / ROWS, STEP = KEYS < 4 ? KEYS : 4;
     vfloat sums[LANES];
 #pragma GCC unroll 4
@@ -32,13 +51,19 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
         vfloat sum[ROWS][STEP] = {};
         const T* key[STEP];
         for (int k = 0; k < STEP; ++k) key[k] = keys[first + k];
+        const T* next[STEP];
+        for (int k = 0; k < STEP; ++k) next[k] = keys[first + k + ahead];
         int64_t d = 0;
         for (; d + LANES <= dim; d += LANES) {
             vfloat x[ROWS];
             for (int r = 0; r < ROWS; ++r) x[r] = load(q + r * q_stride + d);
+            if (ahead > 0 && d * sizeof(T) % 64 == 0) {
+#pragma GCC unroll 4
+                for (int k = 0; k < STEP; ++k) prefetch(next[k] + d);
+            }
 #pragma GCC unroll 4
             for (int k = 0; k < STEP; ++k) {
-                const vfloat y = load_wide(key[k] + d);
+                const vfloat y = ROWS > 1 ? shared(load_wide(key[k] + d)) : load_wide(key[k] + d);
                 for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(x[r], y, sum[r][k]);
             }
         }
@@ -58,21 +83,24 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
 }
 
 template <class T, int ROWS>
-void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, float* scores, int64_t stride) {
-    for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, scores + k, stride);
+void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, int64_t ahead, float* scores,
+              int64_t stride) {
+    for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead, scores + k, stride);
 }
 
 // Scores of `rows` rows; `keys` is readable up to the next multiple of LANES.
 template <class T>
-void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, float* scores,
-              int64_t stride) {
+void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, int64_t ahead,
+              float* scores, int64_t stride) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) dot_rows<T, 4>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
-    if (r + 2 <= rows) {
-        dot_rows<T, 2>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
-        r += 2;
+    for (; r + 4 <= rows; r += 4, ahead = 0) {
+        dot_rows<T, 4>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
     }
-    if (r < rows) dot_rows<T, 1>(q + r * q_stride, q_stride, keys, count, dim, scores + r * stride, stride);
+    if (r + 2 <= rows) {
+        dot_rows<T, 2>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
+        r += 2, ahead = 0;
+    }
+    if (r < rows) dot_rows<T, 1>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
 }
 
 // The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
@@ -92,7 +120,7 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
                 for (int v = 0; v < VECTORS; ++v) x[v] = load(column + v * LANES);
 #pragma GCC unroll 8
                 for (int i = 0; i < KEYS; ++i) {
-                    const vfloat y = splat(key[i][d]);
+                    const vfloat y = VECTORS > 1 ? shared(splat(key[i][d])) : splat(key[i][d]);
                     for (int v = 0; v < VECTORS; ++v) sum[v][i] = fma(x[v], y, sum[v][i]);
                 }
             }
@@ -121,7 +149,7 @@ inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t row
 // out[r] = out[r] * rescale[r] + sum over k of weights[r * stride + k] * values[k], columns `column` to `column` + COLS * LANES.
 template <class T, int ROWS, int COLS>
 ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count,
-                               int64_t column, int64_t part, float* out, int64_t out_stride) {
+                               int64_t column, int64_t part, int64_t ahead, float* out, int64_t out_stride) {
     vfloat sum[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r) {
         const vfloat factor = splat(rescale[r]);
@@ -129,11 +157,13 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
     }
     for (int64_t k = 0; k < count; ++k) {
         const T* value = values[k] + column;
+        if (ahead > 0) prefetch_row(values[k + ahead] + column, COLS * LANES * int64_t(sizeof(T)));
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
 #pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) {
-            const vfloat y = part == 0 ? load_wide(value + c * LANES) : load_part(value, part);
+            vfloat y = part == 0 ? load_wide(value + c * LANES) : load_part(value, part);
+            if (ROWS > 1) y = shared(y);
             for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(weight[r], y, sum[r][c]);
         }
     }
@@ -144,32 +174,31 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
 
 template <class T, int ROWS, int COLS>
 void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
-                 int64_t dim, float* out, int64_t out_stride) {
+                 int64_t dim, int64_t ahead, float* out, int64_t out_stride) {
     for (; column + COLS * LANES <= dim; column += COLS * LANES) {
-        add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, out, out_stride);
+        add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
     if constexpr (COLS > 1) {
-        add_columns<T, ROWS, COLS / 2>(weights, stride, rescale, values, count, column, dim, out, out_stride);
+        add_columns<T, ROWS, COLS / 2>(weights, stride, rescale, values, count, column, dim, ahead, out, out_stride);
     } else if (column < dim) {
-        add_values<T, ROWS, 1>(weights, stride, rescale, values, count, column, dim - column, out, out_stride);
+        add_values<T, ROWS, 1>(weights, stride, rescale, values, count, column, dim - column, ahead, out, out_stride);
     }
 }
 
 template <class T>
 void add_tile(const float* weights, int64_t stride, int64_t rows, const float* rescale, const T* const* values, int64_t count,
-              int64_t dim, float* out, int64_t out_stride) {
+              int64_t dim, int64_t ahead, float* out, int64_t out_stride) {
     constexpr int SUMS = VECTOR_REGISTERS > 16 ? 16 : 8;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-        add_columns<T, 4, SUMS / 4>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
-    }
-    if (r + 2 <= rows) {
-        add_columns<T, 2, SUMS / 2>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
-        r += 2;
-    }
-    if (r < rows) {
-        add_columns<T, 1, 8>(weights + r * stride, stride, rescale + r, values, count, 0, dim, out + r * out_stride, out_stride);
-    }
+    const auto add = [&](auto block) {
+        constexpr int ROWS = decltype(block)::value, COLS = SUMS / ROWS < 8 ? SUMS / ROWS : 8;
+        add_columns<T, ROWS, COLS>(weights + r * stride, stride, rescale + r, values, count, 0, dim, ahead, out + r * out_stride,
+                                   out_stride);
+        r += ROWS, ahead = 0;
+    };
+    while (r + 4 <= rows) add(std::integral_constant<int, 4>());
+    if (r + 2 <= rows) add(std::integral_constant<int, 2>());
+    if (r < rows) add(std::integral_constant<int, 1>());
 }
 
 }  // namespace attnreg

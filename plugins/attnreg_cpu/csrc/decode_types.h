@@ -14,6 +14,28 @@ struct e5m2_t {
 typedef int8_t vbyte_signed __attribute__((vector_size(LANES)));
 typedef int16_t vhalf_signed __attribute__((vector_size(LANES * 2)));
 
+// Bytes to 16 or 32 bits, LANES of them. Spelt out because GCC builds these conversions from halves, or lane by lane.
+#if defined(ATTNREG_AVX512)
+ATTNREG_INLINE vhalf_signed extend_signed(const void* p) { return (vhalf_signed)_mm256_cvtepi8_epi16(load_as<__m128i>(p)); }
+ATTNREG_INLINE vhalf extend_unsigned(const void* p) { return (vhalf)_mm256_cvtepu8_epi16(load_as<__m128i>(p)); }
+ATTNREG_INLINE vint extend_integers(const void* p) { return (vint)_mm512_cvtepi8_epi32(load_as<__m128i>(p)); }
+ATTNREG_INLINE vfloat widen_bits(vhalf bits) { return (vfloat)_mm512_cvtph_ps((__m256i)bits); }
+#elif defined(ATTNREG_AVX2) && defined(__F16C__)
+ATTNREG_INLINE vhalf_signed extend_signed(const void* p) { return (vhalf_signed)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
+ATTNREG_INLINE vhalf extend_unsigned(const void* p) { return (vhalf)_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)); }
+ATTNREG_INLINE vint extend_integers(const void* p) { return (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+ATTNREG_INLINE vfloat widen_bits(vhalf bits) { return (vfloat)_mm256_cvtph_ps((__m128i)bits); }
+#else
+ATTNREG_INLINE vhalf_signed extend_signed(const void* p) { return __builtin_convertvector(load_as<vbyte_signed>(p), vhalf_signed); }
+ATTNREG_INLINE vhalf extend_unsigned(const void* p) { return __builtin_convertvector(load_as<vbyte>(p), vhalf); }
+ATTNREG_INLINE vint extend_integers(const void* p) { return __builtin_convertvector(extend_signed(p), vint); }
+ATTNREG_INLINE vfloat widen_bits(vhalf bits) {
+    half_t lanes[LANES];
+    std::memcpy(lanes, &bits, sizeof(bits));
+    return load_wide(lanes);
+}
+#endif
+
 // load_wide of a type times its unit is the value. e4m3 in float16's place lacks 8 of the exponent's bias.
 template <class T>
 struct Unit {
@@ -24,27 +46,17 @@ struct Unit<e4m3_t> {
     static constexpr float value = 256.0f;
 };
 
-ATTNREG_INLINE vfloat widen_bits(vhalf bits) {
-    half_t lanes[LANES];
-    std::memcpy(lanes, &bits, sizeof(bits));
-    return load_wide(lanes);
-}
-
-ATTNREG_INLINE vfloat load_wide(const int8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(load_as<vbyte_signed>(p), vint), vfloat);
-}
+ATTNREG_INLINE vfloat load_wide(const int8_t* p) { return __builtin_convertvector(extend_integers(p), vfloat); }
 // The upper byte of a float16.
-ATTNREG_INLINE vfloat load_wide(const e5m2_t* p) {
-    return widen_bits(__builtin_convertvector(load_as<vbyte>(p), vhalf) << 8);
-}
+ATTNREG_INLINE vfloat load_wide(const e5m2_t* p) { return widen_bits(extend_unsigned(p) << 8); }
 // Sign extension leaves the sign in bits 7 and above, so shifting by 7 puts the exponent and mantissa in float16's place below two
 // copies of the sign, of which the lower goes. Subnormals come out right; the two NaN codes have no neighbour and are set apart.
 ATTNREG_INLINE vfloat load_wide(const e4m3_t* p) {
-    const vhalf_signed x = __builtin_convertvector(load_as<vbyte_signed>(p), vhalf_signed);
+    const vhalf_signed x = extend_signed(p);
     const vhalf bits = (vhalf)((x << 7) & int16_t(0xbfff));
 #if defined(ATTNREG_AVX512)
-    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128((__m128i)load_as<vbyte>(p), _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-    return (vfloat)_mm512_mask_mov_ps(_mm512_cvtph_ps((__m256i)bits), nan, _mm512_set1_ps(__builtin_nanf("")));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(load_as<__m128i>(p), _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    return (vfloat)_mm512_mask_mov_ps((__m512)widen_bits(bits), nan, _mm512_set1_ps(__builtin_nanf("")));
 #else
     return widen_bits(bits | (vhalf)((x | int16_t(0xff80)) == int16_t(-1)));
 #endif

@@ -15,6 +15,7 @@ struct Shape {
     int64_t rows;                // of one KV head, at most, rounded up to whole registers
     int64_t slots;               // of all KV heads of a task, at most: head * rows + row
     int64_t stage;               // rows from which keys and values are widened first
+    int64_t ahead;               // rows that are asked for in advance, at most a tile
 
     int64_t state_floats() const { return slots * (stride_v + 2); }
 };
@@ -40,10 +41,9 @@ class Worker {
         rescale_ = carver.take<float>(s_.rows);
         key_scale_ = carver.take<float>(s_.tile);
         value_scale_ = carver.take<float>(s_.tile);
-        key_at_ = carver.take<int64_t>(s_.tile);
+        key_at_ = carver.take<int64_t>(s_.tile + s_.ahead);
         value_at_ = carver.take<int64_t>(s_.tile);
-        keys_ = carver.take<const T*>(s_.tile);
-        values_ = carver.take<const T*>(s_.tile);
+        keys_ = carver.take<const T*>(2 * s_.tile + s_.ahead);
         wide_keys_ = carver.take<const float*>(s_.tile);
         wide_values_ = carver.take<const float*>(s_.tile);
         staged_keys_ = carver.take<float>(s_.tile * s_.stride_k);
@@ -91,53 +91,66 @@ class Worker {
         }
     }
 
-    // Where the tile's rows of head 0 lie, in elements from the tensors' starts.
+    // Where the tile's rows of head 0 lie, in elements from the tensors' starts; of keys also the next tile's first rows.
     void locate(int64_t first, int64_t count) {
-        const Sequence& s = task_->sequence;
+        const int64_t more = std::clamp<int64_t>(task_->keys.last + 1 - first - count, 0, s_.ahead);
         if (p_.page_size == 0) {
-            const int64_t batch = p_.cu_k ? 0 : s.batch, row = s.k_first + first;
-            for (int64_t j = 0; j < count; ++j) {
-                key_at_[j] = batch * p_.k_batch + (row + j) * p_.k_row;
-                value_at_[j] = batch * p_.v_batch + (row + j) * p_.v_row;
-            }
-            return;
+            const int64_t batch = p_.cu_k ? 0 : task_->sequence.batch, row = task_->sequence.k_first + first;
+            for (int64_t j = 0; j < count + more; ++j) key_at_[j] = batch * p_.k_batch + (row + j) * p_.k_row;
+            for (int64_t j = 0; j < count; ++j) value_at_[j] = batch * p_.v_batch + (row + j) * p_.v_row;
+        } else {
+            locate_pages(first, count + more, p_.k_batch, p_.k_row, key_at_);
+            locate_pages(first, count, p_.v_batch, p_.v_row, value_at_);
         }
+        std::fill(key_at_ + count + more, key_at_ + count + s_.ahead, key_at_[count - 1]);
+    }
+    void locate_pages(int64_t first, int64_t count, int64_t page_stride, int64_t row_stride, int64_t* at) const {
+        const int64_t table = task_->sequence.batch * p_.table_row;
         for (int64_t j = 0; j < count;) {
-            const int64_t entry = (first + j) / p_.page_size, within = (first + j) % p_.page_size;
+            const int64_t entry = (first + j) / p_.page_size;
             // An entry below 0 is an unused page; a table that calls it used is wrong, but must not read outside the cache.
-            const int64_t page = std::max<int64_t>(read_integer(p_.block_table, s.batch * p_.table_row + entry, p_.wide_table), 0);
-            for (int64_t i = within; i < p_.page_size && j < count; ++i, ++j) {
-                key_at_[j] = page * p_.k_batch + i * p_.k_row;
-                value_at_[j] = page * p_.v_batch + i * p_.v_row;
+            const int64_t page = std::max<int64_t>(read_integer(p_.block_table, table + entry, p_.wide_table), 0);
+            for (int64_t i = (first + j) % p_.page_size; i < p_.page_size && j < count; ++i, ++j) {
+                at[j] = page * page_stride + i * row_stride;
             }
         }
     }
 
-    void attend(int64_t h, int64_t first, int64_t count, State state) {
-        const int64_t kv_head = task_->head + h, padded = round_up(count, LANES);
+    // The rows in the order in which they are read, so that the row to ask for stands `ahead` places on: the keys, repeated up to whole
+    // registers, the values, and the keys that come next.
+    void list_rows(int64_t h, int64_t count, int64_t padded) {
+        const int64_t kv_head = task_->head + h, next = h + 1 < task_->heads ? p_.k_head : -h * p_.k_head;
         const T* k = static_cast<const T*>(p_.k) + kv_head * p_.k_head;
         const T* v = static_cast<const T*>(p_.v) + kv_head * p_.v_head;
-        for (int64_t j = 0; j < padded; ++j) {
-            keys_[j] = k + key_at_[std::min(j, count - 1)];
-            values_[j] = v + value_at_[std::min(j, count - 1)];
-        }
-        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, staged_keys_, wide_keys_);
+        const int64_t* following = h + 1 < task_->heads ? key_at_ : key_at_ + count;
+        const T** row = keys_;
+        for (int64_t j = 0; j < count; ++j) *row++ = k + key_at_[j];
+        for (int64_t j = count; j < padded; ++j) *row++ = k + key_at_[count - 1];
+        for (int64_t j = 0; j < count; ++j) *row++ = v + value_at_[j];
+        for (int64_t j = 0; j < s_.ahead; ++j) *row++ = k + next + following[j];
+    }
+
+    void attend(int64_t h, int64_t first, int64_t count, State state) {
+        const int64_t kv_head = task_->head + h, padded = round_up(count, LANES), ahead = s_.ahead;
+        list_rows(h, count, padded);
+        const T* const* values = keys_ + padded;
+        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, ahead, staged_keys_, wide_keys_);
         const float* q = q_ + slot(h) * s_.stride_k;
         if (in_lanes_) {
             const float* columns = q_columns_ + slot(h) * s_.head_k;
             broadcast_tile(columns, s_.rows, task_->rows, floats(keys_, wide_keys_), padded, s_.head_k, scores_, s_.tile);
         } else if (staged_) {
-            dot_tile(q, s_.stride_k, task_->rows, wide_keys_, padded, s_.head_k, scores_, s_.tile);
+            dot_tile(q, s_.stride_k, task_->rows, wide_keys_, padded, s_.head_k, 0, scores_, s_.tile);
         } else {
-            dot_tile(q, s_.stride_k, task_->rows, keys_, padded, s_.head_k, scores_, s_.tile);
+            dot_tile(q, s_.stride_k, task_->rows, keys_, padded, s_.head_k, ahead, scores_, s_.tile);
         }
         weigh(kv_head, first, count, state.rows + slot(h));
         float* sums = state.sums + slot(h) * s_.stride_v;
         if (staged_) {
-            widen_rows(values_, count, s_.head_v, s_.stride_v, staged_values_, wide_values_);
-            add_tile(scores_, s_.tile, task_->rows, rescale_, wide_values_, count, s_.head_v, sums, s_.stride_v);
+            widen_rows(values, count, s_.head_v, s_.stride_v, ahead, staged_values_, wide_values_);
+            add_tile(scores_, s_.tile, task_->rows, rescale_, wide_values_, count, s_.head_v, 0, sums, s_.stride_v);
         } else {
-            add_tile(scores_, s_.tile, task_->rows, rescale_, values_, count, s_.head_v, sums, s_.stride_v);
+            add_tile(scores_, s_.tile, task_->rows, rescale_, values, count, s_.head_v, ahead, sums, s_.stride_v);
         }
     }
 
@@ -148,8 +161,9 @@ class Worker {
         return staged;
     }
 
-    static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, float* staged, const float** wide) {
+    static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, int64_t ahead, float* staged, const float** wide) {
         for (int64_t j = 0; j < count; ++j) {
+            if (ahead > 0) prefetch_row(rows[j + ahead], dim * int64_t(sizeof(T)));
             float* to = staged + j * stride;
             int64_t d = 0;
             for (; d + LANES <= dim; d += LANES) store(to + d, load_wide(rows[j] + d));
@@ -193,7 +207,7 @@ class Worker {
     bool in_lanes_ = false, staged_ = false;
     float *state_, *q_, *q_columns_, *scores_, *rescale_, *key_scale_, *value_scale_;
     int64_t *key_at_, *value_at_;
-    const T **keys_, **values_;
+    const T** keys_;
     const float **wide_keys_, **wide_values_;
     float *staged_keys_, *staged_values_;
 };
