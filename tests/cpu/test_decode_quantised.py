@@ -1,0 +1,135 @@
+"""Law: over a stored fp8 or int8 cache decoding equals the attention of the numbers that the cache stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_decode import CPU, error, prepare
+from torch import Tensor
+
+from attnreg import AttentionSpec, Precision, Problem, masks
+from attnreg.testing.oracle import oracle
+from attnreg.validate import check
+from attnreg_cpu import build
+from attnreg_cpu.decode import decode_supports
+
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+
+STORED = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8": torch.int8}
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def draw(name: str, g: torch.Generator, *shape: int) -> Tensor:
+    """A stored tensor that uses the type's whole range, subnormals and zeros of both signs with it."""
+    if name == "int8":
+        return torch.randint(-128, 128, shape, generator=g).to(torch.int8)
+    return (torch.randn(*shape, generator=g) * 2.0 ** torch.randint(-10, 4, shape, generator=g)).to(STORED[name])
+
+
+def scales(scaling: str, g: torch.Generator, batch: int, kv_heads: int, blocks: int) -> Tensor:
+    shape = {"tensor": (1,), "head": (batch, kv_heads), "block": (batch, kv_heads, blocks)}[scaling]
+    return torch.rand(*shape, generator=g) * 0.04 + 0.01
+
+
+def spec_of(name: str, scaling: str, **fields: Any) -> AttentionSpec:
+    precision = Precision(kv=name, scaling=scaling)  # type: ignore[arg-type]  # parameters of the test
+    return AttentionSpec(dtype=precision, return_lse=True, **fields)
+
+
+def compare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any], **config: Any) -> None:
+    out, lse = prepare(spec, q, k, v, named, **config)(q, k, v, **named)
+    exact_out, exact_lse = oracle(spec, q, k, v, **named)
+    size = float(exact_out.abs().max())
+    rounded = error(exact_out.to(out.dtype), exact_out)
+    assert out.dtype == q.dtype
+    assert error(out, exact_out) <= 2 * rounded + 4e-6 * max(size, 1.0)
+    assert error(lse, exact_lse) <= 1e-5 * max(1.0, float(exact_lse.abs().nan_to_num(posinf=0.0).max()))
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("scaling", ["tensor", "head", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "dims"), [((4, 4), (64, 64)), ((4, 1), (72, 40)), ((40, 2), (128, 128))], ids=str)
+def test_quantised_cache(
+    name: str, scaling: str, dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    (hq, hkv), (dim, dim_v), skv = heads, dims, 500
+    q = torch.randn(2, hq, 1, dim, generator=g).to(dtype)
+    k, v = draw(name, g, 2, hkv, skv, dim), draw(name, g, 2, hkv, skv, dim_v)
+    named = {"k_descale": scales(scaling, g, 2, hkv, 8), "v_descale": scales(scaling, g, 2, hkv, 8)}  # blocks of 64
+    for config in ({}, {"widen_rows": 1, "kv_splits": 4}):
+        compare(spec_of(name, scaling), q, k, v, named, **config)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_quantised_pages(name: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 4, 3, 64, generator=g)
+    k, v = draw(name, g, 9, 2, 16, 64), draw(name, g, 9, 2, 16, 64)
+    named: dict[str, Any] = {
+        "block_table": torch.tensor([[3, 1, 8, 0], [2, 5, -1, -1]]),
+        "seqused_k": torch.tensor([60, 17]),
+        "k_descale": scales("block", g, 2, 2, 4),
+        "v_descale": scales("block", g, 2, 2, 4),
+    }
+    compare(spec_of(name, "block", page_size=16, mask=masks.Causal()), q, k, v, named)
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("layout", ["bshd", "thd"])
+def test_quantised_layouts(name: str, layout: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    named: dict[str, Any] = {}
+    if layout == "thd":
+        named = {"cu_seqlens_q": torch.tensor([0, 1, 3]), "cu_seqlens_k": torch.tensor([0, 130, 180])}
+        q, k, v = torch.randn(3, 4, 32, generator=g), draw(name, g, 180, 2, 32), draw(name, g, 180, 2, 32)
+    else:
+        q, k, v = torch.randn(2, 1, 4, 32, generator=g), draw(name, g, 2, 90, 2, 32), draw(name, g, 2, 90, 2, 32)
+    named |= {"k_descale": scales("head", g, 2, 2, 1), "v_descale": scales("head", g, 2, 2, 1)}
+    compare(spec_of(name, "head", layout=layout, mask=masks.Causal()), q, k, v, named)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_prefill_over_a_quantised_cache(name: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(1, 4, 150, 64, generator=g), draw(name, g, 1, 2, 200, 64), draw(name, g, 1, 2, 200, 64)
+    named = {"k_descale": torch.tensor(0.02), "v_descale": torch.tensor([[0.03]])}
+    compare(spec_of(name, "tensor", mask=masks.Causal() & masks.SlidingWindow(90)), q, k, v, named)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_queries_give_bfloat16(name: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    q, k, v = draw(name, g, 2, 4, 1, 64), draw(name, g, 2, 2, 300, 64), draw(name, g, 2, 2, 300, 64)
+    named = {f"{x}_descale": scales("head", g, 2, 2, 1) for x in "qkv"}
+    spec = AttentionSpec(dtype=Precision(scaling="head"), return_lse=True)
+    problem = Problem.of(spec, check(spec, q, k, v, named), q, k, v, named)
+    assert decode_supports(problem, CPU) == []
+    out, lse = prepare(spec, q, k, v, named)(q, k, v, **named)
+    exact_out, exact_lse = oracle(spec, q, k, v, **named)
+    assert out.dtype == torch.bfloat16
+    assert error(out, exact_out) <= 2 * error(exact_out.bfloat16(), exact_out) + 4e-6
+    assert error(lse, exact_lse) <= 1e-5
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_code_is_read_right(name: str) -> None:
+    """Softmax over one key returns its value: all 256 codes through keys of one row each, NaN codes as NaN."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(STORED[name])
+    k = codes.view(1, 1, 1, 256).expand(1, 1, 1, 256).contiguous()
+    one = {"k_descale": torch.ones(1), "v_descale": torch.ones(1)}
+    zero = torch.zeros(1, 1, 1, 256)
+    finite = codes.float().isfinite()
+    keys = torch.where(finite, k.float(), 0.0).to(STORED[name]) if name != "int8" else k
+    spec = spec_of(name, "tensor")
+    out, _ = prepare(spec, zero, keys, k, one)(zero, keys, k, **one)
+    assert torch.equal(out.view(256)[finite], codes.float()[finite])
+    assert torch.equal(out.view(256).isnan(), codes.float().isnan())
+    # As keys: the score of code c against the unit vector c is the value of c, and so is lse over that one key.
+    rows = torch.eye(256).view(1, 1, 256, 256)
+    _, lse = prepare(spec, rows, keys, keys, one)(rows, keys, keys, **one)
+    want = torch.where(finite, codes.float(), 0.0) / 16
+    assert error(lse.view(256), want.double()) <= 2e-6 * float(want.abs().max())
