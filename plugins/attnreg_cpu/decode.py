@@ -30,7 +30,7 @@ CACHES = {
 }
 Q_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 SCALES = ("q_descale", "k_descale", "v_descale")
-_tail_packer = struct.Struct("=19q")
+_end_packer = struct.Struct("=19q")
 
 
 def is_decode(problem: Problem) -> bool:
@@ -117,14 +117,14 @@ class Decode:
         settings = {"block_kv": int(config["block_kv"]), "splits": int(config["kv_splits"])}
         self._kernel = _kernel(CACHES[problem.kv_dtype])
         self._arguments = Arguments(problem, mask, settings)
-        self._spec = problem.spec
+        spec = problem.spec
+        self._layout = spec.layout
+        self._page_size = spec.page_size
+        self._scaling = spec.dtype.scaling
+        self._return_lse = spec.return_lse
         self._out_dtype = problem.out_dtype
         self._head_dim_v = problem.head_dim_v
-        self._same_width = problem.head_dim == problem.head_dim_v and problem.dtype in (
-            "float32",
-            "float16",
-            "bfloat16",
-        )
+        self._like_q = problem.head_dim == problem.head_dim_v and str(problem.out_dtype) == f"torch.{problem.dtype}"
         self._end = (
             Q_TYPES[problem.dtype],
             Q_TYPES[str(problem.out_dtype).removeprefix("torch.")],
@@ -134,35 +134,35 @@ class Decode:
             int(config["widen_rows"]),
             int(config["prefetch"]),
         )
-        self._plain_tail = _tail_packer.pack(*[0] * 12, *self._end)
+        self._plain_end = _end_packer.pack(*[0] * 12, *self._end)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-        spec = self._spec
-        out = (
-            torch.empty_like(q)
-            if self._same_width
-            else torch.empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
-        )
-        lse = None
-        if spec.return_lse:
-            lse = torch.empty(q.shape[:-1], dtype=torch.float32)
-            if spec.layout != "bhsd":
-                lse = lse.transpose(-1, -2).contiguous()
-        if spec.layout == "thd":
-            batch = tensors["cu_seqlens_q"].shape[0] - 1
+        if self._like_q:
+            out = torch.empty_like(q)
         else:
-            batch = q.shape[0]
-        if spec.page_size is not None:
-            skv = tensors["block_table"].shape[1] * spec.page_size
+            out = torch.empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
+        lse = self._empty_lse(q) if self._return_lse else None
+        if self._page_size is not None:
+            skv = tensors["block_table"].shape[1] * self._page_size
         else:
-            skv = k.shape[2] if spec.layout == "bhsd" else k.shape[-3]
-        tail, kept = self._arguments.tail(tensors)
-        end = self._scale_tail(tensors, kept, skv) if tensors.get("k_descale") is not None else self._plain_tail
+            skv = k.shape[-2 if self._layout == "bhsd" else -3]
+        batch = tensors["cu_seqlens_q"].shape[0] - 1 if self._layout == "thd" else q.shape[0]
+        end, kept = self._plain_end, list[Tensor]()
+        if "k_descale" in tensors:
+            end = self._scale_end(tensors, kept, skv)
+            tensors = {name: x for name, x in tensors.items() if name not in SCALES}
+        tail, more_kept = self._arguments.tail(tensors)
         check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail + end))
-        return (out, lse) if spec.return_lse else out
+        del kept, more_kept  # the bytes pointed into them
+        return (out, lse) if self._return_lse else out
 
-    def _scale_tail(self, tensors: Mapping[str, Any], kept: list[Tensor], skv: int) -> bytes:
+    def _empty_lse(self, q: Tensor) -> Tensor:
+        *batch, a, b = q.shape[:-1]
+        return torch.empty(*batch, *((a, b) if self._layout == "bhsd" else (b, a)), dtype=torch.float32)
+
+    def _scale_end(self, tensors: Mapping[str, Any], kept: list[Tensor], skv: int) -> bytes:
+        """The struct's end with the scales' places, which `kept` keeps alive."""
         pointers: list[int] = []
         strides: list[int] = []
         keys_a_scale = 0
@@ -175,13 +175,13 @@ class Decode:
             x = x.detach().float()
             kept.append(x)
             pointers.append(x.data_ptr())
-            if self._spec.dtype.scaling == "tensor":
+            if self._scaling == "tensor":
                 x = x.reshape(1, 1)
             own = [0 if n == 1 else st for n, st in zip(x.shape, x.stride(), strict=True)]
-            strides += own[:2] if name == "q_descale" else (own + [0])[:3]
+            strides += own[:2] if name == "q_descale" else [*own, 0][:3]
             if x.dim() == 3:
-                keys_a_scale = self._spec.page_size or block_of(_longest(tensors, skv), x.shape[-1])
-        return _tail_packer.pack(*pointers, *strides, keys_a_scale, *self._end)
+                keys_a_scale = self._page_size or block_of(_longest(tensors, skv), x.shape[-1])
+        return _end_packer.pack(*pointers, *strides, keys_a_scale, *self._end)
 
 
 def _longest(tensors: Mapping[str, Any], skv: int) -> int:
@@ -198,10 +198,10 @@ def _kernel(cache: str) -> Callable[[bytes], int]:
     library = build.load(build.build("decode.cpp", {"ATTNREG_CACHE": cache}))
     size = library.attnreg_decode_params_size
     size.restype = ctypes.c_int64
-    packed = params.SIZE + _tail_packer.size
+    packed = params.SIZE + _end_packer.size
     if size() != packed:
         raise build.BuildError(f"decode_plan.h has {size()} bytes where decode.py packs {packed}")
     entry = library.attnreg_decode
     entry.argtypes = [ctypes.c_char_p]
     entry.restype = ctypes.c_int64
-    return entry  # type: ignore[no-any-return]  # ctypes functions are untyped
+    return entry

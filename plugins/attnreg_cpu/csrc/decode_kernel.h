@@ -8,14 +8,14 @@ template <class T>
 class Decode {
   public:
     explicit Decode(const DecodeParams& d)
-        : d_(d), p_(d.call), plan_(d, round_up(d.head_v, LANES) + 2), shape_(make_shape(d, plan_)),
+        : d_(d), plan_(d, round_up(d.head_v, LANES) + 2, sizeof(T)), shape_(make_shape(d, plan_)),
           output_(d, d.head_v, Unit<T>::value), none_(without_documents(d.call)) {}
 
     // 0, or 1 where there was no memory for scratch.
     int64_t run() {
         output_.clear_rest();
         const int64_t tasks = int64_t(plan_.tasks.size());
-        const int64_t workers = std::max<int64_t>(std::min(p_.threads, tasks), 1);
+        const int64_t workers = std::max<int64_t>(std::min(plan_.threads, tasks), 1);
         Carver measure(nullptr);
         (void)Worker<T>(d_, shape_, measure);
         const size_t worker_bytes = measure.used();
@@ -29,7 +29,7 @@ class Decode {
         auto* finished = carver.take<std::atomic<int32_t>>(tasks);
         for (int64_t t = 0; t < tasks; ++t) new (finished + t) std::atomic<int32_t>(0);
         char* own = scratch + carver.used();
-        parallel_for(tasks, p_.threads, [&](int64_t t, int64_t index) {
+        parallel_for(tasks, workers, [&](int64_t t, int64_t index) {
             Carver carved(own + index * worker_bytes);
             Worker<T> worker(d_, shape_, carved);
             const Task& task = plan_.tasks[t];
@@ -92,7 +92,6 @@ class Decode {
     }
 
     const DecodeParams& d_;
-    const Params& p_;
     const Plan plan_;
     const Shape shape_;
     const Output output_;

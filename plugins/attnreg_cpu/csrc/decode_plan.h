@@ -33,6 +33,7 @@ struct Task {
 
 constexpr int64_t ROW_LIMIT = 64;     // rows of a task: their state stays in the second-level cache
 constexpr int64_t TASKS_A_THREAD = 8;
+constexpr int64_t WORK_A_THREAD = 1 << 16;  // bytes read, or arithmetic that takes as long: less is not worth waking a thread
 constexpr int64_t LEAST_PIECE = 256;  // keys: shorter pieces cost more in merging than they balance
 
 class Plan {
@@ -40,10 +41,11 @@ class Plan {
     std::vector<Task> tasks;
     int64_t state_floats = 0;  // of all tasks whose keys are cut
     int64_t most_rows = 1;     // of one KV head in a task
+    int64_t threads = 1;       // as many as the work is worth
     int64_t head_block;
 
-    // row_floats: what a row's state takes.
-    Plan(const DecodeParams& d, int64_t row_floats) {
+    // row_floats: what a row's state takes. value_bytes: what a stored value takes.
+    Plan(const DecodeParams& d, int64_t row_floats, int64_t value_bytes) {
         const Params& p = d.call;
         const int64_t group = p.q_heads / p.kv_heads;
         head_block = std::clamp<int64_t>(d.head_block, 1, p.kv_heads);
@@ -67,7 +69,9 @@ class Plan {
             }
         }
 
-        const int64_t piece = piece_length(p, total, longest);
+        const int64_t work = total * (d.head_k + d.head_v) * (value_bytes + most_rows / 4);
+        threads = std::clamp<int64_t>(work / WORK_A_THREAD, 1, std::max<int64_t>(p.threads, 1));
+        const int64_t piece = piece_length(p.splits, threads, total, longest);
         const int64_t state = head_block * ((most_rows + LANES - 1) / LANES * LANES) * row_floats;
         for (Task task : blocks) {
             const Interval all = task.keys;
@@ -103,12 +107,12 @@ class Plan {
     }
 
     // As asked, or so that each thread has several tasks and none is short.
-    static int64_t piece_length(const Params& p, int64_t total, int64_t longest) {
+    static int64_t piece_length(int64_t splits, int64_t threads, int64_t total, int64_t longest) {
         int64_t piece = longest;
-        if (p.splits > 0) {
-            piece = (longest + p.splits - 1) / p.splits;
-        } else if (p.threads > 1) {
-            piece = std::max(total / (p.threads * TASKS_A_THREAD), LEAST_PIECE);
+        if (splits > 0) {
+            piece = (longest + splits - 1) / splits;
+        } else if (threads > 1) {
+            piece = std::max(total / (threads * TASKS_A_THREAD), LEAST_PIECE);
         }
         return std::max<int64_t>((piece + LANES - 1) / LANES * LANES, LANES);
     }
