@@ -11,6 +11,7 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem, bucket_size
 from attnreg.space import Config
 from attnreg.spec import HeadGrouping
+from attnreg.testing.bounds import Truth, find_truth
 from attnreg.testing.candidate import GateResult, check_candidate, sample_rows
 from attnreg.testing.dropout import check_dropout
 from attnreg.testing.inputs import Flavour, Inputs, make_inputs
@@ -51,13 +52,15 @@ def check_backend(
     hardware: Hardware,
     *,
     budget: Literal["quick", "full"] = "quick",
+    truths: dict[tuple[Trial, str], Truth] | None = None,
 ) -> GateResult:
     """Pass or fail of a backend's configuration on a problem, at the first failure.
 
     The prepared callable runs the problem itself (the oracle computes a sample of its rows where it is large) and
     other sizes of its bucket; the configuration is then prepared for the lengths of LENGTHS with few heads. "quick"
     draws one flavour a length, "full" every flavour. A trial that the backend refuses, or whose configuration is
-    not in its space (then its default is tried), is no failure.
+    not in its space (then its default is tried), is no failure. truths: filled with the oracle's answers, and read
+    from on later calls, so that many configurations of one problem pay for the oracle once.
     """
     prepared: dict[Problem, Callable[..., Any]] = {}
     results: list[GateResult] = []
@@ -77,18 +80,34 @@ def check_backend(
         except Exception as error:
             reason = f"prepare raised {type(error).__name__}: {error}"
             return GateResult(False, reason, float("inf"), case=str(inputs), checked=len(results))
-        result = check_inputs(prepared[bucket], inputs, pairs=PAIRS[budget], poison=budget == "full")
+        run, known = prepared[bucket], truths if truths is not None else {}
+        if (trial, budget) not in known and not inputs.problem.spec.dropout_p:
+            known[trial, budget] = find_truth(inputs, sample_rows(inputs, PAIRS[budget]))
+        truth = known.get((trial, budget))
+        result = check_inputs(run, inputs, pairs=PAIRS[budget], poison=budget == "full", truth=truth)
         if not result.ok:
             return replace(result, reason=f"{trial.why}: {result.reason}", checked=len(results))
         results.append(result)
     return _worst(results, tuple(skipped))
 
 
-def check_inputs(run: Callable[..., Any], inputs: Inputs, *, pairs: int = 1 << 24, poison: bool = True) -> GateResult:
+def check_inputs(
+    run: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    pairs: int = 1 << 24,
+    poison: bool = True,
+    truth: Truth | None = None,
+) -> GateResult:
     """`check_candidate` at a bounded number of score entries; dropout is checked by the weights that it kept."""
     if inputs.problem.spec.dropout_p:
         return check_dropout(run, inputs, poison=poison)
-    return check_candidate(run, inputs, rows=sample_rows(inputs, pairs), poison=poison)
+    rows = sample_rows(inputs, pairs) if truth is None else truth.rows
+    if truth is not None:
+        # The candidate is handed the backward weights, and might write to them.
+        weights = truth.grad_lse.clone() if truth.grad_lse is not None else None
+        truth = replace(truth, grad_out=truth.grad_out.clone(), grad_lse=weights)
+    return check_candidate(run, inputs, rows=rows, poison=poison, truth=truth)
 
 
 def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iterator[Trial]:
