@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,6 +36,7 @@ class LocalBench:
         self.clock = Clock(self.hardware, plan.cache, plan.sample_seconds)
         self._probes: Probes | None = None
         self._random = random.Random(plan.seed)
+        self._truths: dict[Any, Any] = {}
         self._calls: dict[str, tuple[Thunk, float]] = {}
 
     def __enter__(self) -> LocalBench:
@@ -55,7 +56,9 @@ class LocalBench:
         try:
             entry = registry.current().get(candidate.backend)
             config = entry.backend.space(self.plan.problem, self.hardware).check(candidate.config)
-            r = check_backend(entry.backend, self.plan.problem, config, self.hardware, budget=budget)
+            r = check_backend(
+                entry.backend, self.plan.problem, config, self.hardware, budget=budget, truths=self._truths
+            )
         except AttnregError as error:
             return Verdict(False, str(error))
         except Exception as error:
