@@ -81,7 +81,7 @@ def _by_breaks(parts: tuple[m.Mask, ...], sq: int, skv: int, first: int) -> Live
 
     Between breaks, where an end passes a constant, the count is linear: an arithmetic series.
     """
-    shifts, constants = {0}, {0, skv}
+    shifts, constants = {0, 1}, {0, skv}
     chunks: list[int] = []
     for part in parts:
         if isinstance(part, m.SlidingWindow):
@@ -100,8 +100,7 @@ def _by_breaks(parts: tuple[m.Mask, ...], sq: int, skv: int, first: int) -> Live
     for size in chunks:
         ends = np.arange(first // size, last // size + 2, dtype=np.int64) * size
         fixed = np.union1d(fixed, ends)
-    moved = (fixed[:, None] - np.asarray(sorted(shifts), dtype=np.int64)).reshape(-1)
-    breaks = np.unique(np.concatenate([moved + n for n in (-1, 0, 1, 2)]))
+    breaks = np.unique(fixed[:, None] - np.asarray(sorted(shifts), dtype=np.int64))
     start = np.concatenate([[first], breaks[(breaks > first) & (breaks <= last)]])
     end = np.append(start[1:] - 1, last)
     low, high = _ends(parts, start, skv)

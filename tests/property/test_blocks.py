@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mask_expressions import STATIC, Case, cases, dense, expressions
+from mask_expressions import STATIC, Case, cases, dense, expressions, whole_case
 
 from attnreg import masks as m
+from attnreg import sparsity as s
 from attnreg.blocks import BlockLayout, block_layout
 
 few = settings(max_examples=150, deadline=None)
@@ -49,6 +52,25 @@ def test_layout_equals_the_dense_mask_and_is_minimal(case: Case) -> None:
     assert len({tile.numpy().tobytes() for tile in layout.bits}) == layout.n_tiles
     used = set(layout.tile_idx[layout.tile_idx >= 0].tolist())
     assert used == set(range(layout.n_tiles))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.Causal() | m.Global((0, 23)),
+        m.SlidingWindow(9, 4) | m.Global(tuple(range(0, 40, 5))),
+        ~m.SlidingWindow(7, 3) | m.PrefixLM(20),
+        m.Chunked(11) | m.Global((5,)),
+        ~m.Dilated(7, 3) & m.PrefixLM(31),
+        m.Dilated(9, 2) | (m.Chunked(5) & m.Causal()),
+    ],
+    ids=repr,
+)
+def test_every_small_block_size(mask: m.Mask) -> None:
+    """Tiles that are numbered alike are alike, wherever diagonals, chunks and lines cut them."""
+    for block_q, block_kv, pattern in product(range(1, 8), range(1, 8), (s.Dense(), s.Strided(6, 2, 3))):
+        case = replace(whole_case(mask, pattern, 45, 52, None), block_q=block_q, block_kv=block_kv)
+        assert torch.equal(build(case).to_dense()[0], dense(case)[0]), (block_q, block_kv, pattern)
 
 
 @few
