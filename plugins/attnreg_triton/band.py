@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .arguments import Rows, Sequence
-from .plan import MAX_KEYS
+from .plan import FAR_POSITION
 
-FAR = tl.constexpr(MAX_KEYS)
+FAR = tl.constexpr(FAR_POSITION)
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def load_sequence(lengths, batch):
     if lengths.kv_lengths is not None:
         kv_len = tl.minimum(kv_len, tl.load(lengths.kv_lengths + batch).to(tl.int32))
     if lengths.query_offset is not None:
-        # No key stands beyond FAR, so a farther offset means the same.
+        # Keys and windows end at FAR / 2, so a farther offset means the same.
         offset = tl.minimum(tl.maximum(tl.load(lengths.query_offset + batch), -FAR), FAR).to(tl.int32)
     else:
         offset = (kv_len - q_len) * lengths.bottom_right

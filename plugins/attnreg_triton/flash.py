@@ -25,8 +25,9 @@ Run = Callable[..., Any]
 Tensors = dict[str, Tensor | None]
 
 
-def _clamp(bound: int | None) -> int | None:
-    return None if bound is None else min(bound, MAX_KEYS)
+def _reach(bound: int | None) -> int | None:
+    """A window's side; one as long as any time line is no bound."""
+    return None if bound is None or bound >= MAX_KEYS else bound
 
 
 def make_plan(problem: Problem, config: Config) -> Plan:
@@ -39,9 +40,9 @@ def make_plan(problem: Problem, config: Config) -> Plan:
         layout=spec.layout,
         scale=float(problem.scale),
         align=spec.align,
-        left=_clamp(band.left),
-        right=_clamp(band.right),
-        prefix=_clamp(band.prefix) if fixed_prefix else None,
+        left=_reach(band.left),
+        right=_reach(band.right),
+        prefix=min(band.prefix, MAX_KEYS) if fixed_prefix else None,
         softcap=float(spec.softcap),
         dropout_p=float(spec.dropout_p),
         page_size=spec.page_size,

@@ -14,6 +14,9 @@ def product_precisions(hardware: Hardware) -> tuple[str, ...]:
 
 def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) -> list[TileTuple]:
     """(block_m, block_n, warps, stages), best guess first."""
+    if hardware.kind == "cpu":
+        # The interpreter pays by the operation, not by the element.
+        return [(64, 64, 4, 2), (32, 128, 4, 2)]
     if decode:
         return [(16, 64, 4, 3), (16, 32, 4, 3), (32, 64, 4, 3), (16, 32, 4, 2)]
     return [(64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)]
@@ -21,4 +24,6 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
 
 def backward_tiles(problem: Problem, hardware: Hardware) -> list[tuple[TileTuple, TileTuple]]:
     """(dq tile, dkv tile) pairs, best guess first."""
+    if hardware.kind == "cpu":
+        return [((64, 64, 4, 2), (64, 64, 4, 2)), ((128, 32, 4, 2), (32, 128, 4, 2))]
     return [((64, 32, 4, 2), (32, 32, 4, 2)), ((64, 64, 8, 2), (32, 64, 8, 2))]

@@ -14,7 +14,9 @@ from typing import Literal
 
 ConfigValue = int | str | float | bool
 MAX_KEYS = 2**29
-"""Longest key time line: with windows and offsets clamped to it, sums of three stay inside 32 bits."""
+"""Longest key time line and window: sums of positions, windows and lengths stay inside 32 bits."""
+FAR_POSITION = 2**30
+"""No query beyond this position sees a key or window that one at it does not."""
 
 
 @dataclass(frozen=True)

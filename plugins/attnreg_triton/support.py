@@ -57,11 +57,14 @@ def flash_reasons(problem: Problem) -> list[str]:
         out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
     if not isinstance(spec.sparsity, sparsity.Dense):
         out.append(f"sparsity {spec.sparsity!r}: the kernels skip by mask bounds only; triton_block_sparse takes it")
-    if masks.as_band(spec.mask) is None:
+    band = masks.as_band(spec.mask)
+    if band is None:
         out.append(
             f"mask {spec.mask!r} is no band: the kernels take conjunctions of causal, one window, one prefix, padding "
             "and documents; triton_block_sparse takes it"
         )
+    elif spec.align == "offset" and max(band.left or 0, band.right or 0) >= MAX_KEYS:
+        out.append(f"mask {spec.mask!r} with align='offset': the kernels count positions to windows below {MAX_KEYS}")
     out += _size_reasons(problem)
     if spec.page_size is not None and problem.needs_grad:
         out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")

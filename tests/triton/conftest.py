@@ -1,0 +1,26 @@
+"""Kernels on CPU tensors: Triton must be imported with TRITON_INTERPRET=1, so these tests want a process of their own."""
+
+import os
+import sys
+
+import pytest
+
+if "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _interpreted() -> bool:
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # The standard library of kernels was decorated when Triton was first imported, with or without the interpreter.
+    return isinstance(triton.language.standard.sum, InterpretedFunction)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = os.path.dirname(__file__)
+    mine = [item for item in items if str(item.path).startswith(here) and "gpu" not in item.keywords]
+    if mine and not _interpreted():
+        reason = "Triton was imported without TRITON_INTERPRET=1; run these alone: pytest tests/triton"
+        for item in mine:
+            item.add_marker(pytest.mark.skip(reason=reason))

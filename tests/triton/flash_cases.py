@@ -1,0 +1,50 @@
+"""Which cases of the public table the interpreted kernels run: few in CI, for each feature; all of them when slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from attnreg import Backend
+from attnreg.hardware import detect
+from attnreg.testing import Case, cases
+
+ROTATED = ("empty", "huge", "low")
+
+
+def without_gradients(case: Case) -> Case:
+    """The case as inference: only so does a backend take it that has no backward pass."""
+    return replace(case, problem=replace(case.problem, grads=frozenset()))
+
+
+def taken(backend: Backend, chosen: Iterable[Case]) -> list[Case]:
+    """The cases that the backend takes."""
+    hardware = detect("cpu")
+    return [case for case in chosen if not backend.supports(case.problem, hardware)]
+
+
+def quick(chosen: Iterable[Case]) -> list[Case]:
+    """Each feature in bfloat16, and with one flavour that breaks weak kernels; one case of each other kind of length."""
+    out, features = [], []
+    for case in chosen:
+        feature, what, dtype = case.name.split("/")
+        if feature not in features:
+            features.append(feature)
+        rotated = what.startswith(ROTATED[len(features) % len(ROTATED)]) and dtype == "float32"
+        if rotated or (what.startswith("normal") and dtype == "bfloat16"):
+            out.append(case)
+        elif feature in ("causal", "thd_causal") and what.startswith(("length_1_", "length_63", "decode_127")):
+            out.append(case)
+        elif feature in ("everything", "bias_full") and what.startswith(("edges", "strided", "expanded", "large")):
+            out.append(case)
+    return out
+
+
+def inference(case: Case) -> bool:
+    """Paged caches and few queries: what decoding is about."""
+    return case.spec.page_size is not None or case.problem.sq <= 8
+
+
+def table() -> tuple[Case, ...]:
+    """The whole public table."""
+    return cases()

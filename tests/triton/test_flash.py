@@ -1,0 +1,182 @@
+"""The flash backend against the oracle: every feature it takes, forward and backward, at small shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attnreg_triton.flash import TritonFlash
+from flash_cases import quick, taken, without_gradients
+
+from attnreg import AttentionSpec, Problem, TensorInfo, masks
+from attnreg.hardware import detect
+from attnreg.testing import BackendConformance, Case, cases, make_inputs, oracle
+from attnreg.testing.candidate import check_candidate
+from attnreg.testing.dropout import check_dropout
+
+HARDWARE = detect("cpu")
+FLASH = TritonFlash()
+TAKEN = taken(FLASH, cases())
+PAGED = [without_gradients(case) for case in cases() if case.spec.page_size is not None]
+
+
+def problem(spec: AttentionSpec, **sizes: object) -> Problem:
+    """A small float32 problem of the spec; sizes override."""
+    plain = {"batch": 1, "q_heads": 2, "kv_heads": 1, "sq": 40, "skv": 40, "head_dim": 16, "dtype": "float32"}
+    merged = plain | sizes
+    width = merged["head_dim"]
+    merged = {"head_dim_k": width, "head_dim_v": width, "kv_dtype": merged["dtype"]} | merged
+    merged["square"] = merged["sq"] == merged["skv"]
+    return Problem(spec=spec, **merged)  # type: ignore[arg-type]  # sizes come by name
+
+
+def prepared(problem: Problem, **config: int | str) -> object:
+    """A callable of the flash backend, at its default configuration but for `config`."""
+    assert FLASH.supports(problem, HARDWARE) == []
+    return FLASH.prepare(problem, FLASH.space(problem, HARDWARE).check(config))
+
+
+class TestTritonFlash(BackendConformance):
+    backend = FLASH
+    cases = quick(TAKEN)
+    configurations = 1
+
+
+class TestTritonFlashPaged(BackendConformance):
+    backend = FLASH
+    cases = quick(taken(FLASH, PAGED))
+    configurations = 1
+
+
+@pytest.mark.slow
+class TestTritonFlashWhole(BackendConformance):
+    backend = FLASH
+    cases = [*TAKEN, *taken(FLASH, PAGED)]
+
+
+@pytest.mark.slow
+class TestTritonFlashLarger(BackendConformance):
+    backend = FLASH
+    cases = taken(FLASH, cases(slow=True))
+
+
+@pytest.mark.parametrize("head_dim", [24, 40, 80, 96, 160, 192])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_head_in_pieces(head_dim: int, dtype: str) -> None:
+    """A head that is no power of two is padded or cut into a block and a tail, with the same result."""
+    spec = AttentionSpec(mask=masks.Causal(), return_lse=True)
+    asked = problem(spec, head_dim=head_dim, head_dim_v=head_dim - 8, dtype=dtype, grads=frozenset("qkv"))
+    inputs = make_inputs(asked)
+    result = check_candidate(prepared(inputs.problem), inputs)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 1), (1, 1, 1, 1), (0, 0), (0,)])
+def test_bias_gradient_of_every_broadcast(dims: tuple[int, ...]) -> None:
+    """The bias's gradient sums over what it broadcasts over: batches, heads, queries, keys, missing dimensions."""
+    spec = AttentionSpec(mask=masks.Causal() & masks.SlidingWindow(21), bias=True, softcap=8.0)
+    tensors = (TensorInfo("bias", "float32", dims),)
+    asked = problem(spec, batch=2, q_heads=4, kv_heads=2, sq=37, skv=50, tensors=tensors, grads=frozenset({"q", "bias"}))
+    inputs = make_inputs(asked)
+    result = check_candidate(prepared(inputs.problem, dq_block_m=32, dq_block_n=16), inputs)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "thd"])
+def test_dropout_is_one_mask_forward_and_backward(layout: str) -> None:
+    """Which weights stay is read off the forward pass; out and gradients are the oracle's for exactly those.
+
+    Forward and backward run under different tiles, so the mask cannot depend on them.
+    """
+    spec = AttentionSpec(mask=masks.Causal(), dropout_p=0.3, layout=layout)
+    packed = {"batch": 2, "total_q": 48, "total_k": 48, "sq": 30, "skv": 30} if layout == "thd" else {}
+    inputs = make_inputs(problem(spec, grads=frozenset("qkv"), **packed))
+    run = prepared(inputs.problem, block_m=32, block_n=16, dq_block_m=16, dq_block_n=32, dkv_block_m=32, dkv_block_n=32)
+    result = check_dropout(run, inputs)
+    assert result.ok, result.reason
+
+
+def test_backward_repeats_bit_for_bit() -> None:
+    spec = AttentionSpec(mask=masks.Causal(), deterministic=True, return_lse=True, sinks=True, bias=True)
+    grads = frozenset({"q", "k", "v", "sinks", "bias"})
+    inputs = make_inputs(problem(spec, batch=2, q_heads=4, kv_heads=2, dtype="bfloat16", grads=grads))
+    result = check_candidate(prepared(inputs.problem), inputs)  # compares two runs where the spec says deterministic
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("window", [(2**28, 2**29 - 1), (3, 2**20), (2**29 - 1, 0)])
+def test_far_offsets_do_not_overflow(window: tuple[int, int]) -> None:
+    """Positions near +-2**44 see what their windows reach, which may be nothing."""
+    spec = AttentionSpec(mask=masks.SlidingWindow(*window), align="offset", return_lse=True)
+    inputs = make_inputs(problem(spec, batch=4))
+    tensors = {"query_offset": torch.tensor([2**44, -(2**44), 2**28, -(2**20)])}
+    out, lse = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v, **tensors)  # type: ignore[operator]
+    exact, exact_lse = oracle(spec, inputs.q, inputs.k, inputs.v, **tensors)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
+def test_a_window_longer_than_any_key_line_is_no_window() -> None:
+    spec = AttentionSpec(mask=masks.SlidingWindow(2**61, 2**61), return_lse=True)
+    inputs = make_inputs(problem(spec))
+    out, _ = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v)  # type: ignore[operator]
+    exact, _ = oracle(spec, inputs.q, inputs.k, inputs.v)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+    reasons = FLASH.supports(problem(spec.model_copy(update={"align": "offset"})), HARDWARE)
+    assert any("offset" in reason for reason in reasons)
+
+
+def test_operator_is_sound() -> None:
+    """Schema, shapes under tracing and autograd registration agree with what the operator does."""
+    from attnreg_triton.flash import make_plan
+    from attnreg_triton.operators import FIELDS
+
+    spec = AttentionSpec(mask=masks.Causal(), return_lse=True, sinks=True)
+    asked = problem(spec, grads=frozenset("qkv"), sq=8, skv=8)
+    inputs = make_inputs(asked)
+    config = FLASH.space(inputs.problem, HARDWARE).default
+    named = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.tensors}
+    arguments = (*(named.get(name) for name in FIELDS), make_plan(inputs.problem, config).encode())
+    torch.library.opcheck(torch.ops.attnreg_triton.flash_forward.default, arguments)
+
+
+def test_compile_sees_through() -> None:
+    """torch.compile traces a call without a break, and out and gradients are those of the plain call."""
+    spec = AttentionSpec(mask=masks.Causal() & masks.Padding(), return_lse=True)
+    inputs = make_inputs(problem(spec, grads=frozenset("qkv")))
+    run = prepared(inputs.problem)
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lengths: torch.Tensor) -> torch.Tensor:
+        out, lse = run(q * 1.0, k, v, kv_lengths=kv_lengths)  # type: ignore[operator]
+        return (out.sin() * lse.clamp(min=-5).unsqueeze(-1)).sum()
+
+    arguments = (inputs.q, inputs.k, inputs.v, inputs.tensors["kv_lengths"])
+    plain = torch.autograd.grad(step(*arguments), arguments[:3])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(*arguments), arguments[:3])
+    for one, other in zip(plain, traced, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_one_feature_twice_gives_one_gradient() -> None:
+    """Asking for dk alone, or dq alone, gives what asking for all gives: unwanted kernels are skipped, not needed."""
+    spec = AttentionSpec(mask=masks.Causal())
+    inputs = make_inputs(problem(spec, grads=frozenset("qkv")))
+    whole = torch.autograd.grad(prepared(inputs.problem)(inputs.q, inputs.k, inputs.v).sum(), (inputs.q, inputs.k))  # type: ignore[operator]
+    for n, name in enumerate("qk"):
+        given = {x: getattr(inputs, x).detach().requires_grad_(x == name) for x in "qkv"}
+        asked = replace(inputs.problem, grads=frozenset(name))
+        out = prepared(asked)(*given.values())  # type: ignore[operator]
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), given[name])[0], whole[n], rtol=0, atol=0)
+
+
+def test_cases_are_enough() -> None:
+    """The quick table is no empty promise: it holds every feature that the backend takes."""
+
+    def features(chosen: list[Case]) -> set[str]:
+        return {case.name.split("/")[0] for case in chosen}
+
+    missing = features(TAKEN) - features(quick(TAKEN))
+    assert not missing, f"features that the backend takes and CI never runs: {sorted(missing)}"
+    assert len(features(TAKEN)) > 50
