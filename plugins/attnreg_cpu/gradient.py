@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnreg_cpu.arguments import Arguments, dense_rows, strides_of
-from attnreg_cpu.variant import Kernel, check_status
+from attnreg_cpu.arguments import dense_rows, strides_of
+from attnreg_cpu.variant import Kernel
 
 if TYPE_CHECKING:
-    from attnreg_cpu.native import Forward
+    from attnreg_cpu.prefill import Forward
 
 LANES = 16  # rows of float32 sums are padded to a multiple of the widest vector
 
@@ -21,10 +21,9 @@ LANES = 16  # rows of float32 sums are padded to a multiple of the widest vector
 class Differentiable:
     """run(q, k, v, **tensors) of one prepared problem whose inputs may need gradients."""
 
-    def __init__(self, forward: Forward, kernel: Kernel, arguments: Arguments) -> None:
+    def __init__(self, forward: Forward, kernel: Kernel) -> None:
         self.forward = forward
         self._kernel = kernel
-        self._arguments = arguments
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         rest = {name: x for name, x in tensors.items() if name not in ("bias", "sinks")}
@@ -48,7 +47,7 @@ class Differentiable:
         d_out = dense_rows(d_out)
         # Packed rows of no sequence are never written.
         d_q = (torch.zeros if forward.layout == "thd" else torch.empty)(q.shape, dtype=q.dtype)
-        shares = -(-torch.get_num_threads() // max(batch * kv_heads, 1))
+        shares = shares_of(batch * kv_heads, torch.get_num_threads())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = None
         more: dict[str, int] = {"splits": shares}
@@ -66,10 +65,19 @@ class Differentiable:
             more["d_lse"] = d_lse.data_ptr()
             more |= {"d_lse_row": d_lse.stride(-1), "d_lse_head": d_lse.stride(-2)}
             more["d_lse_batch"] = d_lse.stride(0) if layout != "thd" else 0
-        tail, kept = self._arguments.tail(tensors, more)
-        check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail))
-        del kept
+        forward.launch(self._kernel, (q, k, v), out, lse, tensors, more)
         return d_q, _finished(d_k, k), _finished(d_v, v), d_bias
+
+
+def shares_of(units: int, threads: int) -> int:
+    """Shares that each of `units` KV heads is cut into: the fewest that keep all threads busy to the end.
+
+    Each share costs float32 memory as large as k and v.
+    """
+    for shares in range(1, threads + 1):
+        if units * shares >= 4 * threads or units * shares % threads == 0:
+            return shares
+    return 1
 
 
 class _Attention(torch.autograd.Function):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attnreg import Hardware, Problem, SearchSpace
+from attnreg_cpu.sparse import needs_layout
 
 L1_FALLBACK = 32 * 1024
 L2_FALLBACK = 512 * 1024
@@ -23,19 +26,23 @@ def has_bfloat_dot(hardware: Hardware) -> bool:
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (copy keys
-    and values to dense memory first) and, for bfloat16, pairs (the CPU's bfloat16 dot, or float32 products).
+    and values to dense memory first) and, for bfloat16, pairs (the CPU's bfloat16 dot, or float32 products). Where the
+    mask needs a block layout, its blocks: layout_q, layout_kv.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
     l2 = hardware.caches[1] or L2_FALLBACK
     width, width_v = problem.head_dim, problem.head_dim_v
 
-    def scores(c: dict[str, int]) -> int:
-        return c["block_kv"] * c["vectors"] * lanes * operand
+    def scores(c: Any) -> int:
+        return int(c["block_kv"] * c["vectors"] * lanes * operand)
 
-    def item(c: dict[str, int]) -> int:
+    def item(c: Any) -> int:
         tiles = c["tiles"] * c["vectors"] * lanes * (width + width_v) * operand
-        return scores(c) + tiles + c["block_kv"] * (width + width_v) * operand
+        return int(scores(c) + tiles + c["block_kv"] * (width + width_v) * operand)
+
+    def holds_block(c: Any) -> bool:
+        return bool(c["block_kv"] >= c.get("layout_kv", 0))
 
     pairs = [True, False] if problem.dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
     rows = problem.sq * problem.group
@@ -43,6 +50,10 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     vectors = [n for n in (1, 2, 3, 4) if n <= max(most, 1)]
     preferred = min(3 if REGISTERS.get(hardware.arch, 16) == 16 else 2, vectors[-1])
     default = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": False, "pairs": pairs[0]}
+    choices: dict[str, list[int] | list[bool]] = {}
+    if needs_layout(problem):
+        choices = {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
+        default |= {"layout_q": 64, "layout_kv": 64, "block_kv": 128, "vectors": min(2, vectors[-1])}
     seeds = [{**default, **change} for change in ({"vectors": 3, "block_kv": 192}, {"tiles": 8}, {"block_kv": 192})]
     return SearchSpace(
         choices={
@@ -51,11 +62,13 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             "block_kv": [32, 64, 96, 128, 192, 256, 384],
             "pack": [False, True],
             "pairs": pairs,
+            **choices,
         },
         default=default,
         constraints=[
-            ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),  # type: ignore[arg-type]
-            ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),  # type: ignore[arg-type]
+            ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),
+            ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
+            ("a run of keys holds a block of the layout", holds_block),
         ],
         seeds=seeds,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import AttentionSpec, masks, scores
+from attnreg import AttentionSpec, masks, scores, sparsity
 
 Make = Callable[[torch.Generator], dict[str, Tensor]]
 
@@ -170,4 +170,58 @@ CASES = [
         lengths=((7, 20), (30, 9)),
         pages=6,
     ),
+    # What follows is no conjunction of intervals and goes through block layouts.
+    Case("longformer", _spec(mask=masks.longformer(40, (0, 77, 150))), sq=200, skv=200),
+    Case("dilated", _spec(mask=CAUSAL & masks.Dilated(21, 3)), sq=129, skv=190),
+    Case("not_window", _spec(mask=CAUSAL & ~masks.SlidingWindow(20)), sq=150, skv=150),
+    Case("custom", _spec(mask=CAUSAL & masks.Custom(lambda b, h, p, j: (p + j + h + b) % 3 != 0)), sq=100, skv=130),
+    Case("bigbird", _spec(sparsity=sparsity.BigBird(32, random_blocks=2, seed=3)), sq=300, skv=300),
+    Case("strided_causal", _spec(mask=CAUSAL, sparsity=sparsity.Strided(16, 2, 3)), heads=(4, 4), sq=210, skv=260),
+    Case(
+        "blocks",
+        _spec(mask=CAUSAL, sparsity=sparsity.Blocks(48, 32)),
+        make=lambda g: {"block_mask": torch.rand(2, 4, 5, 7, generator=g) < 0.5},
+        sq=200,
+        skv=210,
+    ),
+    Case(
+        "blocks_empty",
+        _spec(sparsity=sparsity.Blocks(64, 64)),
+        make=lambda g: {"block_mask": torch.zeros(1, 1, 2, 3, dtype=torch.bool)},
+        sq=100,
+        skv=130,
+    ),
+    Case(
+        "union_padding_alibi",
+        _spec(mask=masks.Padding() & (CAUSAL | masks.Chunked(64)), alibi=True, softcap=8.0),
+        make=lambda g: {"kv_lengths": torch.tensor([130, 90]), "alibi_slopes": torch.rand(4, generator=g)},
+        sq=130,
+        skv=170,
+    ),
+    Case(
+        "global_tensor",
+        _spec(mask=masks.SlidingWindow(10, 10) | masks.Global()),
+        make=lambda g: {"global_mask": torch.rand(2, 130, generator=g) < 0.03},
+        sq=130,
+        skv=130,
+    ),
+    Case(
+        "thd_union",
+        _spec(mask=masks.SlidingWindow(8) | masks.Dilated(90, 5), layout="thd"),
+        lengths=((70, 70), (0, 5), (90, 130)),
+    ),
+    Case(
+        "paged_union",
+        _spec(mask=CAUSAL & ~masks.Dilated(60, 4), page_size=16),
+        make=_named(block_table=lambda g: torch.tensor([[3, 0, 7], [6, 4, -1]]), seqused_k=_lengths(48, 20)),
+        pages=8,
+        sq=40,
+        skv=48,
+    ),
+    Case(
+        "union_bias_sinks",
+        _spec(mask=masks.Chunked(50) | masks.Dilated(40, 7), bias=True, sinks=True, layout="bshd"),
+        make=lambda g: {"bias": torch.randn(4, 67, 130, generator=g), "sinks": torch.randn(4, generator=g)},
+    ),
+    Case("mqa_union", _spec(mask=CAUSAL & ~masks.Dilated(80, 9)), heads=(40, 1), sq=80, skv=80, batch=1),
 ]

@@ -15,7 +15,7 @@ from attnreg_cpu import build
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
-FLOOR = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+FLOOR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 UNPAGED = [case for case in CASES if not case.pages]
 
 
@@ -61,8 +61,8 @@ def test_gradients_through_lse(case: Case) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": True},
-    {"vectors": 4, "tiles": 8, "block_kv": 192},
+    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": True, "layout_q": 32, "layout_kv": 32},
+    {"vectors": 4, "tiles": 2, "block_kv": 128},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [c for c in UNPAGED if c.dim == 64], ids=str)
 def test_every_configuration_has_the_same_gradients(case: Case, config: dict[str, Any]) -> None:

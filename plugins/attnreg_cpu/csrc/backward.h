@@ -3,8 +3,8 @@
 // Work item: a share of the query rows of one KV head's group. Scores are computed again from q, k and the saved lse; dq stays with its
 // tile, dk and dv are summed in float32 memory of the share's own, so that results do not depend on which thread ran what.
 #pragma once
+#include "layout.h"
 #include "micro.h"
-#include "modifiers.h"
 #include "source.h"
 
 namespace attnreg {
@@ -13,7 +13,7 @@ template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
 class Backward {
   public:
     explicit Backward(const Params& p)
-        : p_(p), documents_(p), group_(p.layout_offsets ? 1 : p.q_heads / p.kv_heads), tiles_(std::min<int64_t>(p.tiles, MAX_TILES)) {}
+        : p_(p), documents_(p), group_(rows_group(p, FULL)), rows_per_item_(rows_per_item(p, FULL, group_)) {}
 
     // 0, or 1 where a thread could not get its scratch memory.
     int run() {
@@ -48,6 +48,7 @@ class Backward {
         Operand *keys, *values;
         Single* key_rows;  // float32 rows, for dq
         float *scores, *d_scores, *peak, *ones, *bias, *allowed, *softcap_slope;
+        int32_t* bits;
     };
 
     size_t scratch_bytes() const {
@@ -69,8 +70,9 @@ class Backward {
         b.ones = carver.take<float>(FULL);
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
+        b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
         b.softcap_slope = p_.softcap > 0 ? carver.take<float>(block * FULL) : nullptr;
-        for (int64_t t = 0; t < tiles_; ++t) {
+        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) {
             place_tile<VECTORS, OPERANDS_K, HEAD_K>(carver, tiles[t].tile);
             tiles[t].d_out = carver.take<Operand>(OPERANDS_V * FULL);
             tiles[t].query_rows = carver.take<Single>(FULL * PADDED_K);
@@ -85,6 +87,7 @@ class Backward {
         const Operand *keys, *values;
         const Single* key_rows;
         int64_t key_stride, value_stride, key_row_stride;
+        int64_t bits;  // block layout: number of its bit tile; -1 is none
     };
 
     class Worker {
@@ -106,7 +109,7 @@ class Backward {
             const int64_t heads = p_.q_heads / p_.kv_heads;
             rows_.group = f_.group_;
             for (rows_.head = kv_head * heads; rows_.head < (kv_head + 1) * heads; rows_.head += f_.group_) {
-                const int64_t step = f_.tiles_ * FULL, total = s_.q_len * f_.group_;
+                const int64_t step = f_.rows_per_item_, total = s_.q_len * f_.group_;
                 // Blocks of rows are dealt out in turn, so that under a causal mask every share gets short and long ones.
                 for (rows_.first = share * step; rows_.first < total; rows_.first += p_.splits * step) {
                     rows_.count = std::min(step, total - rows_.first);
@@ -124,6 +127,15 @@ class Backward {
 
         void differentiate_rows() {
             begin();
+            if (p_.layout_row_ptr) {
+                layout_runs(p_, s_, rows_, [&](int64_t first, int64_t count, int64_t bits) { differentiate_run(first, count, bits); });
+            } else {
+                differentiate_interval();
+            }
+            for (int64_t n = 0; n < tile_count_; ++n) finish(tiles_[n].tile);
+        }
+
+        void differentiate_interval() {
             Interval keys{INT32_MAX, -1};
             for (int64_t n = 0; n < tile_count_; ++n) {
                 keys.first = std::min(keys.first, tiles_[n].tile.keys.any.first);
@@ -131,9 +143,8 @@ class Backward {
             }
             const int64_t end = std::min((keys.last + ROUND) / ROUND * ROUND, s_.k_len);
             for (int64_t j = keys.first / ROUND * ROUND; j < end && keys.first <= keys.last; j += p_.block_kv) {
-                differentiate_run(j, std::min(p_.block_kv, end - j));
+                differentiate_run(j, std::min(p_.block_kv, end - j), -1);
             }
-            for (int64_t n = 0; n < tile_count_; ++n) finish(tiles_[n].tile);
         }
 
         void begin() {
@@ -179,13 +190,13 @@ class Backward {
             }
         }
 
-        void differentiate_run(int64_t first, int64_t count) {
+        void differentiate_run(int64_t first, int64_t count, int64_t bits) {
             const int64_t padded = std::max(count, MOST_ROWS);
             const auto key_at = [&](int64_t j) { return keys_.at(first + j); };
             const auto value_at = [&](int64_t j) { return values_.at(first + j); };
             pack_keys<HEAD_K, Operand, T>(key_at, count, padded, b_.keys);
             pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
-            Run run{first, count, b_.keys, b_.values, nullptr, OPERANDS_K, OPERANDS_V, HEAD_K};
+            Run run{first, count, b_.keys, b_.values, nullptr, OPERANDS_K, OPERANDS_V, HEAD_K, bits};
             if constexpr (std::is_same<Operand, Single>::value) {
                 run.key_rows = b_.keys;
             } else {
@@ -196,6 +207,10 @@ class Backward {
         }
 
         void differentiate_tile(const Run& whole, GradientTile& g) {
+            if (whole.bits >= 0) {
+                if (lane_bits(p_, rows_, g.tile, whole.bits, b_.bits)) differentiate_vectors(whole, g);
+                return;
+            }
             Run run = whole;
             const int64_t end = whole.first + whole.count;
             run.first = std::max(whole.first, g.tile.keys.any.first / ROUND * ROUND);
@@ -206,6 +221,10 @@ class Backward {
             run.keys += skip * run.key_stride;
             run.values += skip * run.value_stride;
             run.key_rows += skip * run.key_row_stride;
+            differentiate_vectors(run, g);
+        }
+
+        void differentiate_vectors(const Run& run, GradientTile& g) {
             switch (g.tile.vectors) {
                 case 1: return differentiate_vectors<1>(run, g);
                 case 2:
@@ -226,6 +245,7 @@ class Backward {
             constexpr int64_t lanes = NV * LANES;
             Modifiers modifiers = modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
             modifiers.softcap_slope = b_.softcap_slope;
+            if (run.bits >= 0) modifiers.bits = b_.bits;
             // Buffers end MOST_ROWS past the longest run, so a short run's extra rows are stale but there.
             const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
             multiply_scores<NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
@@ -302,7 +322,7 @@ class Backward {
 
     const Params& p_;
     Documents documents_;
-    int64_t group_, tiles_;
+    int64_t group_, rows_per_item_;
 };
 
 }  // namespace attnreg

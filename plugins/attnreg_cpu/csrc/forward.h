@@ -5,7 +5,7 @@
 #pragma once
 #include <cmath>
 
-#include "modifiers.h"
+#include "layout.h"
 #include "micro.h"
 #include "source.h"
 
@@ -15,9 +15,10 @@ template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
 class Forward {
   public:
     explicit Forward(const Params& p) : p_(p), documents_(p) {
-        const bool by_head = p.layout_offsets != nullptr;
-        group_ = by_head ? 1 : p.q_heads / p.kv_heads;
-        rows_per_item_ = std::min<int64_t>(p.tiles, MAX_TILES) * FULL;
+        group_ = rows_group(p, FULL);
+        rows_per_item_ = rows_per_item(p, FULL, group_);
+        // Short calls: smaller items, until every thread has a few.
+        while (!p.layout_row_ptr && rows_per_item_ > FULL && total_items() < 4 * p.threads) rows_per_item_ = (rows_per_item_ / FULL + 1) / 2 * FULL;
         first_item_.push_back(0);
         for (int64_t b = 0; b < p.batch; ++b) {
             const int64_t rows = sequence_at(p, b).q_len * group_;
@@ -50,6 +51,14 @@ class Forward {
         std::is_same<T, float>::value || (std::is_same<Operand, Pair>::value && HEAD_K % 2 == 0);
     static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value;
 
+    int64_t total_items() const {
+        int64_t items = 0;
+        for (int64_t b = 0; b < p_.batch && items < 4 * p_.threads; ++b) {
+            items += (sequence_at(p_, b).q_len * group_ + rows_per_item_ - 1) / rows_per_item_ * head_groups();
+        }
+        return items;
+    }
+
     int64_t head_groups() const { return p_.q_heads / group_; }
 
     // Packed rows that belong to no sequence: output 0, lse -inf.
@@ -77,6 +86,7 @@ class Forward {
     struct Buffers {
         Operand *keys, *values;
         float *scores, *peak, *rescale, *bias, *allowed;
+        int32_t* bits;
     };
 
     void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
@@ -88,7 +98,8 @@ class Forward {
         b.rescale = carver.take<float>(FULL);
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
-        for (int64_t t = 0; t < rows_per_item_ / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t]);
+        b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
+        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t]);
     }
 
     // A run of keys ready for the products.
@@ -96,7 +107,7 @@ class Forward {
         int64_t first, count;
         const Operand *keys, *values;
         int64_t key_stride, value_stride;  // in operands
-        int32_t bits = -1;                 // block layout: number of its bit tile; -1 is none
+        int64_t bits;                      // block layout: number of its bit tile; -1 is none
     };
 
     class Worker {
@@ -109,6 +120,16 @@ class Forward {
         void attend(int64_t item) {
             locate(item);
             begin();
+            if (p_.layout_row_ptr) {
+                layout_runs(p_, s_, rows_, [&](int64_t first, int64_t count, int64_t bits) { attend_run(first, count, bits); });
+            } else {
+                attend_interval();
+            }
+            finish();
+        }
+
+      private:
+        void attend_interval() {
             Interval keys{INT32_MAX, -1};
             for (int64_t t = 0; t < tile_count_; ++t) {
                 keys.first = std::min(keys.first, tiles_[t].keys.any.first);
@@ -117,10 +138,8 @@ class Forward {
             for (int64_t j = keys.first / 2 * 2; j <= keys.last; j += p_.block_kv) {
                 attend_run(j, std::min(p_.block_kv, keys.last + 1 - j), -1);
             }
-            finish();
         }
 
-      private:
         void locate(int64_t item) {
             const auto& starts = f_.first_item_;
             const int64_t b = std::upper_bound(starts.begin(), starts.end(), item) - starts.begin() - 1;
@@ -157,7 +176,7 @@ class Forward {
         }
 
         // Keys first .. first + count - 1, `first` even (pairs of keys start there).
-        void attend_run(int64_t first, int64_t count, int32_t bits) {
+        void attend_run(int64_t first, int64_t count, int64_t bits) {
             Run run{first, count, nullptr, nullptr, 0, 0, bits};
             const bool pack = p_.pack || keys_.page_size != 0;
             const bool aligned = Operand::WIDTH == 1 || (keys_.row % 2 == 0 && reinterpret_cast<uintptr_t>(keys_.base) % 4 == 0);
@@ -186,11 +205,16 @@ class Forward {
             Run run = whole;
             const int64_t begin = std::max(whole.first, t.keys.any.first) / 2 * 2;
             const int64_t end = std::min(whole.first + whole.count, t.keys.any.last + 1);
-            if (begin >= end) return;
+            if (begin >= end || (run.bits >= 0 && !lane_bits(p_, rows_, t, run.bits, b_.bits))) return;
+            if (run.bits >= 0) return attend_vectors(run, t);
             run.first = std::max(whole.first, std::min(begin, whole.first + whole.count - MOST_ROWS) / 2 * 2);
             run.count = end - run.first;
             run.keys += (run.first - whole.first) * run.key_stride;
             run.values += (run.first - whole.first) / Operand::WIDTH * run.value_stride;
+            attend_vectors(run, t);
+        }
+
+        void attend_vectors(const Run& run, Tile<Operand>& t) {
             switch (t.vectors) {
                 case 1: return attend_vectors<1>(run, t);
                 case 2:
@@ -207,8 +231,9 @@ class Forward {
 
         template <int NV>
         void attend_vectors(const Run& run, Tile<Operand>& t) {
-            const Modifiers modifiers =
+            Modifiers modifiers =
                 modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
+            if (run.bits >= 0) modifiers.bits = b_.bits;
             for (int v = 0; v < NV; ++v) store(b_.peak + v * LANES, splat(-INFINITY_F));
             // The micro-kernel takes at least MR rows; those past `count` exist (the run goes on, or was padded) and are not used.
             const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));

@@ -39,10 +39,9 @@ struct Params {
     const float *alibi, *sinks;  // [B or 1, Hq], [Hq]
     int64_t alibi_batch;
 
-    // Block layout (null: none): see layout.h.
-    const int32_t *layout_offsets, *layout_columns, *layout_tiles;
-    const uint64_t* layout_bits;
-    int64_t layout_batch, layout_head, layout_block_q, layout_block_kv;
+    // Block layout (null: none), as attnreg.blocks.BlockLayout describes it; the mask fields above are then off.
+    const int32_t *layout_row_ptr, *layout_row_split, *layout_columns, *layout_tiles, *layout_bits;
+    int64_t layout_batches, layout_heads, layout_lines, layout_block_q, layout_block_kv;  // lines: row blocks of one batch and head
 
     // Configuration.
     int64_t block_kv, tiles, pack, splits;

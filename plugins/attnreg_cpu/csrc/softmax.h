@@ -17,8 +17,7 @@ struct Modifiers {
     const int32_t* documents = nullptr;    // [lane]
     const int32_t* key_documents = nullptr;  // [key], absolute
     const float* allowed = nullptr;        // [key][lane], 0 where masked
-    const uint64_t* bits = nullptr;        // [key][bit_words]: bit r is row r of the block
-    int64_t bit_words = 0, bit_first = 0;  // bit of lane 0
+    const int32_t* bits = nullptr;         // [key / 32][lane]: bit key % 32 says that it may be attended
     float* softcap_slope = nullptr;        // [key][lane], written: derivative of the softcap
 
     bool plain() const {
@@ -27,12 +26,6 @@ struct Modifiers {
 };
 
 ATTNREG_INLINE vint absolute(vint x) { return x < 0 ? -x : x; }
-
-// Mask of the lanes whose bit is set, from the word that holds bit `at` on; `at` is a multiple of LANES, so lanes share a word.
-ATTNREG_INLINE vint bits_to_mask(const uint64_t* words, int64_t at) {
-    const int32_t bits = int32_t(words[at / 64] >> (at % 64));
-    return ((splat(bits) >> lane_index()) & 1) != 0;
-}
 
 // Applies everything in order scale, softcap, bias, ALiBi, mask; leaves -inf where masked and the maximum of each lane in `peak`.
 template <int NV>
@@ -43,6 +36,7 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
         vfloat top = masked;
         vint low{}, high{}, document{}, position{};
         vfloat slope{};
+        vuint words{};
         if (m.first) low = load(m.first + v * LANES), high = load(m.last + v * LANES);
         if (m.documents) document = load(m.documents + v * LANES);
         if (m.slopes) slope = load(m.slopes + v * LANES), position = load(m.positions + v * LANES);
@@ -60,7 +54,10 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
             if (m.first) x = select((low <= key) & (high >= key), x, masked);
             if (m.documents) x = select(document == m.key_documents[key], x, masked);
             if (m.allowed) x = select(load(m.allowed + at) != 0.0f, x, masked);
-            if (m.bits) x = select(bits_to_mask(m.bits + j * m.bit_words, m.bit_first + v * LANES), x, masked);
+            if (m.bits) {
+                if (j % 32 == 0) words = (vuint)load(m.bits + (j / 32 * NV + v) * LANES);
+                x = select((vint)(words << (31 - uint32_t(j % 32))) < 0, x, masked);
+            }
             store(scores + at, x);
             top = vmax(top, x);
         }

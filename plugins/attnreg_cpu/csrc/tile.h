@@ -7,7 +7,7 @@
 
 namespace attnreg {
 
-constexpr int64_t MAX_TILES = 16;
+constexpr int64_t MAX_TILES = 32;
 
 // One tile: `count` rows from `row` on, in `vectors` * LANES lanes.
 template <class Operand>
