@@ -111,5 +111,6 @@ def compiler_missing() -> str:
 
         get_cpp_compiler()
     except Exception as error:
-        return f"no C++ compiler for torch.compile: install g++ or clang++, or set CXX ({str(error).splitlines()[0]})"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"torch.compile finds no C++ compiler: install g++ or clang++, or set CXX ({said})"
     return ""
