@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,85 +12,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_constant
 
-from attnreg import modes, registry, store
+from attnreg import modes, registry
 from attnreg.decide import Decision, decide
 from attnreg.errors import InputError, SpecError, UnsupportedError
 from attnreg.hardware import detect
+from attnreg.hot import Run, exact_key, forced, growing_key, table
 from attnreg.modes import checking
-from attnreg.problem import Problem, bucket_size
+from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
 from attnreg.tracing import at_trace_time, concrete, hint, is_traced, opaque, same, transform
 from attnreg.validate import Sizes, check
 from attnreg.values import VALUE_NAMES, check_values
 
-__all__ = ["attention", "clear", "decision", "prepare", "use_backend"]
+__all__ = ["attention", "decision", "decision_of", "prepare", "use_backend"]
 
-Run = Callable[..., Any]
-Forced = tuple[str, tuple[tuple[str, Any], ...] | None]
-
-_forced: ContextVar[Forced | None] = ContextVar("attnreg_forced", default=None)
 register_constant(AttentionSpec)
-_autocast_on: Callable[[], bool] = getattr(
-    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
-)
-
-
-class HotTable:
-    """What past calls decided, in three tables.
-
-    exact: by the whole signature, one dict hit a call. A signature is checked once; its entry holds the prepared
-    callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
-    growing: by the signature less the KV length, whose bucket stands for it: a decode step, without a new check.
-    buckets: by the problem's bucket, with the decision; `misses` counts what was not found even there.
-    """
-
-    EXACT_LIMIT = 8192
-
-    def __init__(self) -> None:
-        self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
-        self.growing: dict[Any, Run] = {}
-        self.buckets: dict[Any, tuple[Run, Decision]] = {}
-        self.locks: dict[Any, threading.Lock] = {}
-        self.guard = threading.Lock()
-        self.misses = 0
-
-    def lock(self, key: Any) -> threading.Lock:
-        """One lock a bucket, so that concurrent first calls decide once and others do not wait."""
-        with self.guard:
-            return self.locks.setdefault(key, threading.Lock())
-
-    def remember(self, key: Any, run: Run, sizes: Sizes | None) -> None:
-        if len(self.exact) >= self.EXACT_LIMIT:
-            self.exact, self.growing = {}, {}
-        self.exact[key] = (run, sizes)
-
-
-_hot = HotTable()
-
-
-def clear() -> None:
-    """Forget every decision; the next calls decide again."""
-    global _hot
-    _hot = HotTable()
-
-
-@contextlib.contextmanager
-def fresh_table() -> Iterator[HotTable]:
-    """An empty hot table for the length of the block, for tests and recorders."""
-    global _hot
-    before, _hot = _hot, HotTable()
-    try:
-        yield _hot
-    finally:
-        _hot = before
-
-
-registry.on_change(clear)
-store.on_change(clear)
-modes.on_change(clear)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=clear)  # a lock held by another thread at the fork would never open
 
 
 def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
@@ -114,7 +48,7 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
         _open_graph_call()
         return _graph_call(spec, q, k, v, tensors)
     try:
-        hit = _hot.exact.get(_exact_key(spec, q, k, v, tensors)) if transform() is None else None
+        hit = table().exact.get(exact_key(spec, q, k, v, tensors)) if transform() is None else None
     except (AttributeError, TypeError):
         hit = None  # not tensors, or symbolic sizes: the slow path says which
     if hit is not None:
@@ -123,43 +57,11 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
             check_values(spec, sizes, tensors)
         return run(q, k, v, **tensors)
     if not tensors and isinstance(k, Tensor) and isinstance(v, Tensor) and not is_traced(q, k, v):
-        longer = _hot.growing.get(_growing_key(spec, q, k, v))
+        longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
-            _hot.remember(_exact_key(spec, q, k, v, tensors), longer, None)
+            table().remember(exact_key(spec, q, k, v, tensors), longer, None)
             return longer(q, k, v)
     return _slow(spec, q, k, v, tensors)
-
-
-def _exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
-    """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path."""
-    return (
-        spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
-        _forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
-    )  # fmt: skip
-
-
-def _growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """The exact key with the bucket of Skv for Skv; None where a longer Skv needs a check of its own."""
-    if spec.layout == "thd" or spec.page_size is not None or k.dim() != 4 or v.dim() != 4:
-        return None
-    axis = 1 if spec.layout == "bshd" else 2
-    a, b = k.shape, v.shape
-    n = a[axis]
-    if b[axis] != n:
-        return None
-    return (
-        spec, q.shape, a[:axis], a[axis + 1 :], b[:axis], b[axis + 1 :], bucket_size(n), n == q.shape[axis], q.stride(),
-        k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
-        _forced.get(), _autocast_on(),
-    )  # fmt: skip
-
-
-def _signature(name: str, x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return name, x.shape, x.stride(), x.dtype, x.device, x.requires_grad
-    return name, x if isinstance(x, int) else type(x)
 
 
 def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
@@ -178,9 +80,9 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     if run is None:
         run, out = _first_call(problem, lambda run: run(q, k, v, **tensors))
     if not traced and _stable(spec, tensors):
-        _hot.remember(_exact_key(spec, q, k, v, tensors), run, watched)
-        if not tensors and (key := _growing_key(spec, q, k, v)) is not None:
-            _hot.growing[key] = run
+        table().remember(exact_key(spec, q, k, v, tensors), run, watched)
+        if not tensors and (key := growing_key(spec, q, k, v)) is not None:
+            table().growing[key] = run
     return out
 
 
@@ -218,38 +120,43 @@ def _problem(
 
 def _known(problem: Problem) -> Run | None:
     """The callable that the problem's bucket was given before."""
-    known = _hot.buckets.get((problem.bucket(), _forced.get()))
+    known = table().buckets.get((problem.bucket(), forced.get()))
     return known[0] if known is not None else None
 
 
 def _first_call(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Any]:
     """Decide for the problem's bucket, prepare, and make the first call; one thread does, the others wait."""
-    table, key = _hot, (problem.bucket(), _forced.get())
-    with table.lock(key):
-        known = table.buckets.get(key)
+    known_table, key = table(), (problem.bucket(), forced.get())
+    with known_table.lock(key):
+        known = known_table.buckets.get(key)
         if known is not None:
             return known[0], call(known[0])
-        table.misses += 1
+        known_table.misses += 1
         if not problem.traced:
             modes.seen(problem)
             modes.tune_missed(problem)
-        run, made, out = _settle(key[0], key[1], call)
-        table.buckets[key] = (run, made)
+        run, made, out = _settle(key[0], call)
+        known_table.buckets[key] = (run, made)
         return run, out
 
 
-def _settle(problem: Problem, forced: Forced | None, call: Callable[[Run], Any]) -> tuple[Run, Decision, Any]:
+def _decide(problem: Problem, broken: Mapping[str, str] | None = None) -> Decision:
+    """The decision for a bucket, under `use_backend` if that is in force."""
+    name, pairs = forced.get() or (None, None)
+    config = dict(pairs) if pairs is not None else None
+    return decide(problem, detect(problem.device), forced=name, config=config, excluded=broken)
+
+
+def _settle(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Decision, Any]:
     """Decide, prepare and call; a backend that breaks is set aside with a warning and the next one decided on.
 
     A forced backend never falls back: its own error comes out.
     """
-    name, pairs = forced if forced is not None else (None, None)
-    config: Config | None = dict(pairs) if pairs is not None else None
     broken: dict[str, str] = {}
     first: Exception | None = None
     while True:
         try:
-            made = decide(problem, detect(problem.device), forced=name, config=config, excluded=broken)
+            made = _decide(problem, broken)
         except UnsupportedError:
             if first is not None:
                 raise first from None
@@ -260,7 +167,7 @@ def _settle(problem: Problem, forced: Forced | None, call: Callable[[Run], Any])
         except (InputError, SpecError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if name is not None:
+            if forced.get() is not None:
                 raise
             first = first or error
             broken[made.backend] = f"{type(error).__name__}: {error}"
@@ -298,13 +205,8 @@ def decision(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: An
 
 def decision_of(problem: Problem) -> Decision:
     """What was or would be decided for the problem's bucket."""
-    forced = _forced.get()
-    known = _hot.buckets.get((problem.bucket(), forced))
-    if known is not None:
-        return known[1]
-    name, pairs = forced if forced is not None else (None, None)
-    config = dict(pairs) if pairs is not None else None
-    return decide(problem.bucket(), detect(problem.device), forced=name, config=config)
+    known = table().buckets.get((problem.bucket(), forced.get()))
+    return known[1] if known is not None else _decide(problem.bucket())
 
 
 def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Run:
@@ -331,8 +233,8 @@ def use_backend(name: str, config: Config | None = None) -> Iterator[None]:
     Raises UnknownBackendError where no backend has that name. Applies to this thread or task.
     """
     registry.current().get(name)
-    token = _forced.set((name, tuple(sorted(config.items())) if config is not None else None))
+    token = forced.set((name, tuple(sorted(config.items())) if config is not None else None))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)

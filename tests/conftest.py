@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnreg import dispatch, registry
+from attnreg import hot, registry
 
 PluginMaker = Callable[[str, str], None]
 
@@ -62,7 +62,7 @@ def loaded(install_plugin: PluginMaker) -> Iterator[Callable[[], registry.Regist
 
 
 @pytest.fixture
-def fresh() -> Iterator[dispatch.HotTable]:
+def fresh() -> Iterator[hot.HotTable]:
     """An empty hot table."""
-    with dispatch.fresh_table() as table:
+    with hot.fresh_table() as table:
         yield table

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnreg
-from attnreg import AttentionSpec, SearchSpace, dispatch, errors, masks, registry
+from attnreg import AttentionSpec, SearchSpace, errors, hot, masks, registry
 from attnreg.registry import Entry, Registry
 
 
@@ -69,7 +69,7 @@ def qkv(sq: int = 4, skv: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 FULL = AttentionSpec()
 
 
-def test_two_thousand_decode_steps_miss_at_most_fifteen_times(fresh: dispatch.HotTable) -> None:
+def test_two_thousand_decode_steps_miss_at_most_fifteen_times(fresh: hot.HotTable) -> None:
     spec = AttentionSpec(mask=masks.Causal())
     q, k, v = qkv(1, 2000)
     for n in range(1, 2001):
@@ -77,7 +77,7 @@ def test_two_thousand_decode_steps_miss_at_most_fifteen_times(fresh: dispatch.Ho
     assert fresh.misses <= 15
 
 
-def test_concatenated_caches_miss_no_more_than_sliced_ones(fresh: dispatch.HotTable) -> None:
+def test_concatenated_caches_miss_no_more_than_sliced_ones(fresh: hot.HotTable) -> None:
     q, k, v = qkv(1, 300)
     for n in range(1, 301):
         attnreg.attention(FULL, q, k[:, :, :n].contiguous(), v[:, :, :n].contiguous())
@@ -85,7 +85,7 @@ def test_concatenated_caches_miss_no_more_than_sliced_ones(fresh: dispatch.HotTa
 
 
 @pytest.mark.parametrize("change", ["dtype", "grad", "stride", "spec", "no_grad", "heads", "mixed"])
-def test_what_matters_to_the_choice_is_part_of_the_key(change: str, put: Any, fresh: dispatch.HotTable) -> None:
+def test_what_matters_to_the_choice_is_part_of_the_key(change: str, put: Any, fresh: hot.HotTable) -> None:
     put(backend := Fake())
     q, k, v = qkv()
     attnreg.attention(FULL, q, k, v)
@@ -110,7 +110,7 @@ def test_what_matters_to_the_choice_is_part_of_the_key(change: str, put: Any, fr
     assert len(backend.prepared) == 2
 
 
-def test_a_hit_still_checks_what_shapes_cannot_tell(fresh: dispatch.HotTable) -> None:
+def test_a_hit_still_checks_what_shapes_cannot_tell(fresh: hot.HotTable) -> None:
     spec = AttentionSpec(mask=masks.Padding(), align="top_left")
     q, k, v = qkv()
     attnreg.attention(spec, q, k, v, kv_lengths=torch.tensor([3]))
@@ -119,7 +119,7 @@ def test_a_hit_still_checks_what_shapes_cannot_tell(fresh: dispatch.HotTable) ->
         attnreg.attention(spec, q, k, v, kv_lengths=torch.tensor([9]))
 
 
-def test_packed_lengths_of_the_same_shapes_are_read_anew(fresh: dispatch.HotTable) -> None:
+def test_packed_lengths_of_the_same_shapes_are_read_anew(fresh: hot.HotTable) -> None:
     spec = AttentionSpec(layout="thd", mask=masks.Causal())
     x = torch.randn(10, 2, 8)
     for cut in (5, 1, 9):
@@ -130,7 +130,7 @@ def test_packed_lengths_of_the_same_shapes_are_read_anew(fresh: dispatch.HotTabl
         torch.testing.assert_close(out, want)
 
 
-def test_concurrent_first_calls_decide_once(put: Any, fresh: dispatch.HotTable) -> None:
+def test_concurrent_first_calls_decide_once(put: Any, fresh: hot.HotTable) -> None:
     put(backend := Fake(slow=0.05))
     q, k, v = qkv()
     start, outs = threading.Barrier(8), []
@@ -148,7 +148,7 @@ def test_concurrent_first_calls_decide_once(put: Any, fresh: dispatch.HotTable) 
     assert len(backend.prepared) == 1
 
 
-def test_force_runs_that_backend_or_raises_with_every_reason(put: Any, fresh: dispatch.HotTable) -> None:
+def test_force_runs_that_backend_or_raises_with_every_reason(put: Any, fresh: hot.HotTable) -> None:
     put(Fake("cpu"), mine := Fake("mine"), Fake("other", refuse="head_dim 8 is too odd"))
     q, k, v = qkv()
     with attnreg.use_backend("mine"):
@@ -164,7 +164,7 @@ def test_force_runs_that_backend_or_raises_with_every_reason(put: Any, fresh: di
         pass
 
 
-def test_force_takes_a_configuration_and_refuses_one_outside_the_space(put: Any, fresh: dispatch.HotTable) -> None:
+def test_force_takes_a_configuration_and_refuses_one_outside_the_space(put: Any, fresh: hot.HotTable) -> None:
     put(backend := Fake())
     q, k, v = qkv()
     with attnreg.use_backend("cpu", {"tile": 16}):
@@ -175,7 +175,7 @@ def test_force_takes_a_configuration_and_refuses_one_outside_the_space(put: Any,
 
 
 @pytest.mark.parametrize("step", ["prepare", "run"])
-def test_a_backend_that_breaks_is_set_aside_aloud_unless_forced(step: str, put: Any, fresh: dispatch.HotTable) -> None:
+def test_a_backend_that_breaks_is_set_aside_aloud_unless_forced(step: str, put: Any, fresh: hot.HotTable) -> None:
     put(Fake("cpu", break_at=step), Fake("sdpa"))
     q, k, v = qkv()
     with pytest.warns(RuntimeWarning, match="backend 'cpu' broke"):
@@ -190,13 +190,13 @@ def test_a_backend_that_breaks_is_set_aside_aloud_unless_forced(step: str, put: 
             attnreg.attention(FULL, q, k, v)
 
 
-def test_where_every_backend_refuses_all_reasons_are_told(put: Any, fresh: dispatch.HotTable) -> None:
+def test_where_every_backend_refuses_all_reasons_are_told(put: Any, fresh: hot.HotTable) -> None:
     put(Fake("cpu", refuse="no AVX2"), Fake("sdpa", refuse="no softcap"))
     with pytest.raises(errors.UnsupportedError, match=r"(?s)cpu: no AVX2.*sdpa: no softcap"):
         attnreg.attention(FULL, *qkv())
 
 
-def test_supports_that_raises_or_returns_junk_is_a_refusal(put: Any, fresh: dispatch.HotTable) -> None:
+def test_supports_that_raises_or_returns_junk_is_a_refusal(put: Any, fresh: hot.HotTable) -> None:
     raising, junk = Fake("cpu"), Fake("flex")
     raising.supports = lambda p, h: 1 / 0  # type: ignore[method-assign,assignment,return-value]  # on purpose
     junk.supports = lambda p, h: "no"  # type: ignore[method-assign,assignment,return-value]  # on purpose
@@ -207,7 +207,7 @@ def test_supports_that_raises_or_returns_junk_is_a_refusal(put: Any, fresh: disp
     assert "list of str" in said.reasons["flex"][0]
 
 
-def test_prepare_gives_the_callable_of_the_bucket(put: Any, fresh: dispatch.HotTable) -> None:
+def test_prepare_gives_the_callable_of_the_bucket(put: Any, fresh: hot.HotTable) -> None:
     put(backend := Fake())
     q, k, v = qkv(1, 40)
     run = attnreg.prepare(FULL, q, k, v)
@@ -221,7 +221,7 @@ def test_prepare_gives_the_callable_of_the_bucket(put: Any, fresh: dispatch.HotT
 
 
 @pytest.mark.parametrize("entry", [attnreg.attention, attnreg.prepare])
-def test_autocast_casts_as_it_does_for_torchs_own(entry: Any, fresh: dispatch.HotTable) -> None:
+def test_autocast_casts_as_it_does_for_torchs_own(entry: Any, fresh: hot.HotTable) -> None:
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = F.scaled_dot_product_attention(q, k, v)
@@ -231,14 +231,14 @@ def test_autocast_casts_as_it_does_for_torchs_own(entry: Any, fresh: dispatch.Ho
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
-def test_autocast_keeps_gradients_in_the_dtype_of_the_leaves(fresh: dispatch.HotTable) -> None:
+def test_autocast_keeps_gradients_in_the_dtype_of_the_leaves(fresh: hot.HotTable) -> None:
     q, k, v = (x.requires_grad_() for x in qkv())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attnreg.attention(FULL, q, k, v).float().sum().backward()
     assert {x.grad.dtype for x in (q, k, v)} == {torch.float32}  # type: ignore[union-attr]  # they have one
 
 
-def test_inference_mode_and_grad_mode_do_not_disturb_each_other(fresh: dispatch.HotTable) -> None:
+def test_inference_mode_and_grad_mode_do_not_disturb_each_other(fresh: hot.HotTable) -> None:
     q, k, v = qkv()
     with torch.inference_mode():
         first = attnreg.attention(FULL, q, k, v)
@@ -258,9 +258,9 @@ def test_a_registry_that_changes_voids_what_was_decided(put: Any) -> None:
 
 
 def test_the_table_of_exact_signatures_stays_bounded(
-    put: Any, fresh: dispatch.HotTable, monkeypatch: pytest.MonkeyPatch
+    put: Any, fresh: hot.HotTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch.HotTable, "EXACT_LIMIT", 16)
+    monkeypatch.setattr(hot.HotTable, "EXACT_LIMIT", 16)
     put(Fake())
     q, k, v = qkv(1, 100)
     for n in range(1, 100):

@@ -1,0 +1,126 @@
+"""The hot table: what past calls decided, by the keys that a call's signature makes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import modes, registry, store
+from attnreg.decide import Decision
+from attnreg.problem import bucket_size
+from attnreg.spec import AttentionSpec
+from attnreg.validate import Sizes
+
+__all__ = ["Forced", "HotTable", "Run", "clear", "exact_key", "forced", "fresh_table", "growing_key", "table"]
+
+Run = Callable[..., Any]
+Forced = tuple[str, tuple[tuple[str, Any], ...] | None]
+
+forced: ContextVar[Forced | None] = ContextVar("attnreg_forced", default=None)
+"""The backend that `use_backend` asks for, with its configuration: part of every key."""
+
+_autocast_on: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
+)
+
+
+class HotTable:
+    """What past calls decided, in three tables.
+
+    exact: by the whole signature, one dict hit a call. A signature is checked once; its entry holds the prepared
+    callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
+    growing: by the signature less the KV length, whose bucket stands for it: a decode step, without a new check.
+    buckets: by the problem's bucket, with the decision; `misses` counts what was not found even there.
+    """
+
+    EXACT_LIMIT = 8192
+
+    def __init__(self) -> None:
+        self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
+        self.growing: dict[Any, Run] = {}
+        self.buckets: dict[Any, tuple[Run, Decision]] = {}
+        self.locks: dict[Any, threading.Lock] = {}
+        self.guard = threading.Lock()
+        self.misses = 0
+
+    def lock(self, key: Any) -> threading.Lock:
+        """One lock a bucket, so that concurrent first calls decide once and others do not wait."""
+        with self.guard:
+            return self.locks.setdefault(key, threading.Lock())
+
+    def remember(self, key: Any, run: Run, sizes: Sizes | None) -> None:
+        """Keep an exact signature; a full table starts over, and the next calls find their buckets."""
+        if len(self.exact) >= self.EXACT_LIMIT:
+            self.exact, self.growing = {}, {}
+        self.exact[key] = (run, sizes)
+
+
+_table = HotTable()
+
+
+def table() -> HotTable:
+    """The table in force."""
+    return _table
+
+
+def clear() -> None:
+    """Forget every decision; the next calls decide again."""
+    global _table
+    _table = HotTable()
+
+
+@contextlib.contextmanager
+def fresh_table() -> Iterator[HotTable]:
+    """An empty hot table for the length of the block, for tests and recorders."""
+    global _table
+    before, _table = _table, HotTable()
+    try:
+        yield _table
+    finally:
+        _table = before
+
+
+registry.on_change(clear)
+store.on_change(clear)
+modes.on_change(clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=clear)  # a lock held by another thread at the fork would never open
+
+
+def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
+    """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path."""
+    return (
+        spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
+        forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
+    )  # fmt: skip
+
+
+def growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The exact key with the bucket of Skv for Skv; None where a longer Skv needs a check of its own."""
+    if spec.layout == "thd" or spec.page_size is not None or k.dim() != 4 or v.dim() != 4:
+        return None
+    axis = 1 if spec.layout == "bshd" else 2
+    a, b = k.shape, v.shape
+    n = a[axis]
+    if b[axis] != n:
+        return None
+    return (
+        spec, q.shape, a[:axis], a[axis + 1 :], b[:axis], b[axis + 1 :], bucket_size(n), n == q.shape[axis], q.stride(),
+        k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
+        forced.get(), _autocast_on(),
+    )  # fmt: skip
+
+
+def _signature(name: str, x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return name, x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+    return name, x if isinstance(x, int) else type(x)
