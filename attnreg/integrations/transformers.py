@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as hf
 
-from attnreg import attention
+from attnreg.dispatch import attention
 from attnreg.errors import InputError, UnexpectedTensorError
 from attnreg.masks import Causal, Dense, Full, Mask, Padding, SlidingWindow
 from attnreg.scores import ScaledDot
