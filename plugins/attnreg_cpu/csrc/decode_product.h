@@ -40,6 +40,32 @@ inline void prefetch_row(const void* row, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) prefetch(static_cast<const char*>(row) + at);
 }
 
+template <class T, int STEP>
+ATTNREG_INLINE void prefetch_all(const T* const (&rows)[STEP], int64_t d) {
+#pragma GCC unroll 4
+    for (int k = 0; k < STEP; ++k) prefetch(rows[k] + d);
+}
+
+// sum[r][k] += q[r] * key[k], N registers of the head dimension.
+template <int N, class T, int ROWS, int STEP>
+ATTNREG_INLINE void add_products(const float* q, int64_t q_stride, const T* const (&key)[STEP], int64_t d, vfloat (&sum)[ROWS][STEP]) {
+    vfloat x[N][ROWS];
+    for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < ROWS; ++r) x[n][r] = load(q + r * q_stride + n * LANES);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < STEP; ++k) {
+        vfloat y[N];
+        load_together(key[k] + d, y);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+            if (ROWS > 1) y[n] = shared(y[n]);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(x[n][r], y[n], sum[r][k]);
+        }
+    }
+}
+
 // scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys. ahead > 0: asks for the rows that far on.
 template <class T, int ROWS>
 ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, int64_t ahead, float* scores,
@@ -54,19 +80,12 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
         const T* next[STEP];
         for (int k = 0; k < STEP; ++k) next[k] = keys[first + k + ahead];
         int64_t d = 0;
-        for (; d + LANES <= dim; d += LANES) {
-            vfloat x[ROWS];
-            for (int r = 0; r < ROWS; ++r) x[r] = load(q + r * q_stride + d);
-            if (ahead > 0 && d * sizeof(T) % 64 == 0) {
-#pragma GCC unroll 4
-                for (int k = 0; k < STEP; ++k) prefetch(next[k] + d);
-            }
-#pragma GCC unroll 4
-            for (int k = 0; k < STEP; ++k) {
-                const vfloat y = ROWS > 1 ? shared(load_wide(key[k] + d)) : load_wide(key[k] + d);
-                for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(x[r], y, sum[r][k]);
-            }
+        constexpr int TOGETHER = Together<T>::value;
+        for (; d + TOGETHER * LANES <= dim; d += TOGETHER * LANES) {
+            if (ahead > 0 && d * sizeof(T) % 64 == 0) prefetch_all(next, d);
+            add_products<TOGETHER>(q + d, q_stride, key, d, sum);
         }
+        for (; TOGETHER > 1 && d + LANES <= dim; d += LANES) add_products<1>(q + d, q_stride, key, d, sum);
         if (d < dim) {
             for (int k = 0; k < STEP; ++k) {
                 const vfloat y = load_part(key[k] + d, dim - d);
@@ -160,11 +179,19 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
         if (ahead > 0) prefetch_row(values[k + ahead] + column, COLS * LANES * int64_t(sizeof(T)));
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
+        constexpr int N = COLS < Together<T>::value ? 1 : Together<T>::value;
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) {
-            vfloat y = part == 0 ? load_wide(value + c * LANES) : load_part(value, part);
-            if (ROWS > 1) y = shared(y);
-            for (int r = 0; r < ROWS; ++r) sum[r][c] = fma(weight[r], y, sum[r][c]);
+        for (int c = 0; c < COLS; c += N) {
+            vfloat y[N];
+            if (part == 0) {
+                load_together(value + c * LANES, y);
+            } else {
+                y[0] = load_part(value, part);
+            }
+            for (int n = 0; n < N; ++n) {
+                if (ROWS > 1) y[n] = shared(y[n]);
+                for (int r = 0; r < ROWS; ++r) sum[r][c + n] = fma(weight[r], y[n], sum[r][c + n]);
+            }
         }
     }
     for (int r = 0; r < ROWS; ++r) {

@@ -62,6 +62,39 @@ ATTNREG_INLINE vfloat load_wide(const e4m3_t* p) {
 #endif
 }
 
+// How many registers of a type are best widened together: 8-bit floats fill a whole one with their 16-bit forms first.
+template <class T>
+struct Together {
+    static constexpr int value = 1;
+};
+template <class T, int N>
+ATTNREG_INLINE void load_together(const T* p, vfloat (&y)[N]) {
+    for (int i = 0; i < N; ++i) y[i] = load_wide(p + i * LANES);
+}
+#if defined(ATTNREG_AVX512)
+template <>
+struct Together<e4m3_t> {
+    static constexpr int value = 2;
+};
+template <>
+struct Together<e5m2_t> {
+    static constexpr int value = 2;
+};
+ATTNREG_INLINE void widen_both(__m512i bits, vfloat (&y)[2]) {
+    y[0] = (vfloat)_mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    y[1] = (vfloat)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+}
+ATTNREG_INLINE void load_together(const e5m2_t* p, vfloat (&y)[2]) {
+    widen_both(_mm512_slli_epi16(_mm512_cvtepu8_epi16(load_as<__m256i>(p)), 8), y);
+}
+ATTNREG_INLINE void load_together(const e4m3_t* p, vfloat (&y)[2]) {
+    const __m512i x = _mm512_cvtepi8_epi16(load_as<__m256i>(p)), all = _mm512_set1_epi16(-1);
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(x, 7), _mm512_set1_epi16(int16_t(0xbfff)));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_or_si512(x, _mm512_set1_epi16(int16_t(0xff80))), all);
+    widen_both(_mm512_mask_mov_epi16(bits, nan, all), y);
+}
+#endif
+
 template <class T>
 ATTNREG_INLINE float widen_value(T x) {
     T lanes[LANES] = {x};
