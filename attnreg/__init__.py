@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnreg import errors, masks, modes, scores, sparsity
+from attnreg import errors, masks, modes, registry, scores, sparsity, store
 from attnreg.backend import Backend, Finding, StaticReport
 from attnreg.dispatch import attention, prepare, use_backend
 from attnreg.explanation import explain
@@ -84,9 +84,10 @@ def __dir__() -> list[str]:
 
 
 def _tune_missed(problem: Problem) -> None:
-    from attnreg.tuning import tune_problem
+    from attnreg.tuning import tune_missing
 
-    tune_problem(problem)
+    tune_missing(problem)
 
 
 modes.set_tuner(_tune_missed)
+store.offer(lambda: registry.current().records)

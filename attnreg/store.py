@@ -40,7 +40,7 @@ class Store:
     """Records of two folders and of plugins. `find` looks them up; `add` writes to the user's folder.
 
     user, shipped: `<folder>/<hardware slug>/*.json`; None for none. plugins: gives (plugin, record as plain
-    data), asked once. Reading is lazy and follows the files' changes; what cannot be read is in `broken`.
+    data), asked at each look. Reading is lazy and follows the files' changes; what cannot be read is in `broken`.
     """
 
     user: Path | None = None
@@ -48,7 +48,7 @@ class Store:
     plugins: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]] | None = None
     _cache: dict[Path, _Cached] = field(default_factory=dict, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-    _from_plugins: Contents | None = field(default=None, repr=False)
+    _from_plugins: tuple[list[tuple[str, Mapping[str, Any]]], Contents] | None = field(default=None, repr=False)
     _index: tuple[tuple[Any, ...], dict[str, list[tuple[Rung, Record]]]] | None = field(default=None, repr=False)
 
     def find(
@@ -132,16 +132,18 @@ class Store:
             return cached.contents
 
     def _plugin_records(self) -> Contents:
+        """What the plugins offer, read anew only when they offer something else."""
+        offered = list(self.plugins()) if self.plugins is not None else []
         with self._lock:
-            if self._from_plugins is None:
-                self._from_plugins = _checked(self.plugins) if self.plugins is not None else Contents()
-            return self._from_plugins
+            if self._from_plugins is None or self._from_plugins[0] != offered:
+                self._from_plugins = (offered, _checked(offered))
+            return self._from_plugins[1]
 
     def _indexed(self, slugs: tuple[str, ...]) -> dict[str, list[tuple[Rung, Record]]]:
         """Records of a machine class by problem class, rebuilt when a file changed."""
         roots = [root for root in (self.user, self.shipped) if root is not None]
         paths = [path for root in roots for folder in _folders(root, slugs) for path in files(folder)]
-        state = (slugs, *((path, _signature(path)) for path in paths))
+        state = (slugs, self._plugin_records(), *((path, _signature(path)) for path in paths))
         with self._lock:
             if self._index is None or self._index[0] != state:
                 index: dict[str, list[tuple[Rung, Record]]] = {}
@@ -242,10 +244,10 @@ def _signature(path: Path) -> tuple[int, int, int]:
     return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-def _checked(source: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]) -> Contents:
+def _checked(offered: Iterable[tuple[str, Mapping[str, Any]]]) -> Contents:
     records: list[Record] = []
     broken: list[tuple[Broken, str]] = []
-    for number, (plugin, data) in enumerate(source()):
+    for number, (plugin, data) in enumerate(offered):
         try:
             records.append(from_json(data))
         except RecordError as error:
