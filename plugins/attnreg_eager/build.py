@@ -1,4 +1,4 @@
-"""Make a Call out of the tensors of one, in layout bhsd, and its frame."""
+"""Run the attention of bhsd operands over a frame: in one tile, in recomputed tiles, or into a graph."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from attnreg import AttentionSpec
-from attnreg_eager.chunks import Call
+from attnreg import AttentionSpec, scores
+from attnreg_eager.chunks import Call, Operands
 from attnreg_eager.dropout import Keep, draw_seed, keeps, keeps_traced
 from attnreg_eager.frame import Frame
+from attnreg_eager.gradient import Recomputed
 from attnreg_eager.keys import Scales
-from attnreg_eager.tile import Tile, any_grad
+from attnreg_eager.plan import plan
+from attnreg_eager.tile import Tile
+
+__all__ = ["compute", "compute_dtype", "keep_of", "operands", "traced"]
 
 transform: Callable[[], object | None] = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 """The innermost torch.func transform (vmap, grad, jvp) in force, or None: under one, values cannot be read either."""
-
-__all__ = ["compute_dtype", "computed", "full_rank", "keep_of", "make_call", "traced"]
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -28,50 +30,49 @@ def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def make_call(
-    frame: Frame,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None,
-    longest: int,
-    keep: Callable[[int], Keep] | None,
-    table: Tensor | None = None,
-) -> Call:
-    """The call of `frame`; `longest` counts the keys of the longest sequence, which block scales cut."""
-    spec, tensors = frame.spec, frame.tensors
+def operands(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Operands, dict[str, Any]]:
+    """What may need a gradient, at full rank, and the other named tensors."""
+    rest = {name: x for name, x in tensors.items() if x is not None}
+    bias, weight, sinks = (rest.pop(name, None) for name in ("bias", "score_weight", "sinks"))
     dtype = compute_dtype(q)
-    weight, sinks = tensors.get("score_weight"), tensors.get("sinks")
-    # Many tiles add to these gradients: they add up in the dtype of the computation, not in half precision.
-    k, v = (x.to(dtype) if any_grad(x) else x for x in (k, v))
-    return Call(
-        tile=Tile(spec, Scales.of(spec, tensors, longest), dtype, spec.score.factor(q.shape[-1])),
-        frame=frame,
-        q=q,
-        k=k,
-        v=v,
-        table=table,
-        bias=bias,
-        weight=weight,
-        sinks=None if sinks is None else sinks.view(1, -1, 1),
-        keep=keep,
-    )
+    return Operands(
+        q,
+        k,
+        v,
+        bias=None if bias is None else bias[(None,) * (4 - bias.dim())],
+        weight=None if weight is None else weight.to(dtype),
+        sinks=None if sinks is None else sinks.to(dtype).view(1, -1, 1),
+    ), rest
 
 
-def computed(tensors: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The named tensors that were given, with those that may need a gradient in the dtype of the computation.
+def compute(
+    x: Operands, frame: Frame, *, longest: int, keep: Callable[[int], Keep] | None, table: Tensor | None, tracing: bool
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Sq, Dv] and lse [B, Hq, Sq] in the dtype of the computation.
 
-    A bias that needs none is converted tile by tile: it may be the largest tensor of the call.
+    longest: keys of the longest sequence, which block scales cut. table: of a paged cache, [B, P].
     """
-    given = {name: x for name, x in tensors.items() if x is not None}
-    wide = {name: x.to(dtype) for name, x in given.items() if name in ("sinks", "score_weight", "bias")}
-    if "bias" in wide and not any_grad(given["bias"]):
-        del wide["bias"]
-    return {**given, **wide}
+    spec = frame.spec
+    scales = Scales.of(spec, frame.tensors, longest)
+    tile = Tile(spec, scales, compute_dtype(x.q), spec.score.factor(x.q.shape[-1]))
+    call = Call(tile, frame, table, keep)
+    if tracing:
+        return call.whole(x)
+    batch, q_heads, sq, head_dim = x.q.shape
+    skv, kv_heads = frame.j.shape[-1], q_heads // frame.group
+    hidden = head_dim if isinstance(spec.score, scores.Additive) else 0
+    sizes = plan(batch, kv_heads, frame.group, sq, skv, x.k.shape[-1] + x.v.shape[-1], hidden)
+    if sizes.one_tile(batch, kv_heads, sq, skv):
+        return call.whole(x)
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x):
+        done: tuple[Tensor, Tensor] = Recomputed.apply(call, sizes, *x)  # type: ignore[no-untyped-call]  # torch's own
+        return done
+    return call.walk(x, sizes)
 
 
-def keep_of(spec: AttentionSpec, tensors: Any, device: torch.device, tracing: bool) -> Callable[[int], Keep] | None:
+def keep_of(
+    spec: AttentionSpec, tensors: Mapping[str, Any], device: torch.device, tracing: bool
+) -> Callable[[int], Keep] | None:
     """Where the dropout masks of a call come from; None without dropout."""
     if not spec.dropout_p:
         return None
@@ -79,11 +80,6 @@ def keep_of(spec: AttentionSpec, tensors: Any, device: torch.device, tracing: bo
     if tracing:
         return keeps_traced(spec.dropout_p, device, generator)
     return keeps(draw_seed(generator), spec.dropout_p, device)
-
-
-def full_rank(bias: Tensor | None) -> Tensor | None:
-    """The bias with all four dimensions."""
-    return None if bias is None else bias[(None,) * (4 - bias.dim())]
 
 
 def traced(*xs: Tensor) -> bool:

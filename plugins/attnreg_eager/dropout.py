@@ -34,10 +34,9 @@ def keeps(seed: int, dropout_p: float, device: torch.device) -> Callable[[int], 
 def keeps_traced(dropout_p: float, device: torch.device, generator: torch.Generator | None) -> Callable[[int], Keep]:
     """The same inside a captured graph, which keeps the mask itself for its backward."""
 
-    # A trace with symbolic sizes takes no generator argument, not even None.
-    said = {} if generator is None else {"generator": generator}
-
     def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(shape, device=device, **said) >= dropout_p
+        if generator is None:  # symbolic sizes take no generator argument, not even None
+            return torch.rand(shape, device=device) >= dropout_p
+        return torch.rand(shape, generator=generator, device=device) >= dropout_p
 
     return lambda n: draw

@@ -1,8 +1,8 @@
-"""Read chunks of keys and values, from contiguous tensors or from a paged cache, with their scales."""
+"""Read keys and values from a paged cache, and look up the scales of quantised ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,42 +12,32 @@ from torch import Tensor
 from attnreg import AttentionSpec, block_of, masks
 from attnreg_eager.frame import Frame
 
-__all__ = ["Load", "Scales", "contiguous_chunks", "paged_chunks", "split"]
-
-Load = Callable[[], tuple[Tensor, Tensor]]
+__all__ = ["Scales", "gather", "scatter"]
 
 
-def split(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
-    """`x.split`, without a node in the graph where one part holds all."""
-    return (x,) if size >= x.shape[dim] else torch.split(x, size, dim)
+def gather(pages: Tensor, table: Tensor) -> Tensor:
+    """Keys or values [B, Hkv, P * page_size, D] of the pages [pages, Hkv, page_size, D] that table [B, P] names.
 
-
-def contiguous_chunks(k: Tensor, v: Tensor, size: int) -> list[Load]:
-    """Loaders of [B, Hkv, size, D] chunks of k and v [B, Hkv, Skv, D]."""
-    pairs = zip(split(k, size, 2), split(v, size, 2), strict=True)
-    return [lambda pair=pair: pair for pair in pairs]  # type: ignore[misc]  # mypy takes no lambda defaults
-
-
-def paged_chunks(k: Tensor, v: Tensor, table: Tensor, size: int) -> list[Load]:
-    """Loaders of [B, Hkv, size, D] chunks gathered from pages [pages, Hkv, page_size, D] by table [B, P].
-
-    `size` is a multiple of the page size. Entries below 0 are unused and read page 0: such keys are masked.
+    Entries below 0 are unused and read page 0: such keys are masked.
     """
+    _, kv_heads, size, head_dim = pages.shape
+    batch, count = table.shape
+    at = table.to(torch.int64).clamp(min=0)
+    # Bytes are moved as bytes: float8 lacks index kernels on some devices, and has no gradient to lose.
+    narrow = pages.dtype.itemsize == 1
+    raw = pages.view(torch.uint8) if narrow else pages
+    rows = raw[at] if raw.shape[0] else raw.new_zeros((batch, count, *raw.shape[1:]))
+    out = rows.transpose(1, 2).reshape(batch, kv_heads, count * size, head_dim)
+    return out.view(pages.dtype) if narrow else out
 
-    def gather(pages: Tensor, at: Tensor) -> Tensor:
-        _, kv_heads, size, head_dim = pages.shape
-        batch, count = at.shape
-        # Bytes are moved as bytes: float8 lacks index kernels on some devices, and has no gradient to lose.
-        narrow = pages.dtype.itemsize == 1
-        raw = pages.view(torch.uint8) if narrow else pages
-        rows = raw[at] if raw.shape[0] else raw.new_zeros((batch, count, *raw.shape[1:]))
-        out = rows.transpose(1, 2).reshape(batch, kv_heads, count * size, head_dim)
-        return out.view(pages.dtype) if narrow else out
 
-    def load(at: Tensor) -> Load:
-        return lambda: (gather(k, at), gather(v, at))
-
-    return [load(at) for at in split(table.to(torch.int64).clamp(min=0), size // k.shape[2], 1)]
+def scatter(pages: Tensor, kv: slice, table: Tensor, x: Tensor) -> None:
+    """Add x [B, n, P * page_size, D] to heads `kv` of the pages, in place: what `gather` does, backwards."""
+    if not pages.shape[0]:
+        return
+    batch, count = table.shape
+    rows = x.reshape(batch, x.shape[1], count, pages.shape[2], x.shape[3]).transpose(1, 2).flatten(0, 1)
+    pages[:, kv].index_add_(0, table.to(torch.int64).clamp(min=0).flatten(), rows)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from attnreg import AttentionSpec
-from attnreg_eager.build import compute_dtype, computed, full_rank, keep_of, make_call, traced
-from attnreg_eager.chunks import plan
+from attnreg_eager.build import compute, keep_of, operands, traced
+from attnreg_eager.chunks import Operands
 from attnreg_eager.frame import padded_frame
 from attnreg_eager.packed import all_at_once, one_by_one
 
-__all__ = ["attend"]
+__all__ = ["attend", "exact"]
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -25,36 +25,33 @@ def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mappin
         # Autocast would round the products of the reference to half precision.
         with torch.autocast(q.device.type, enabled=False):
             return attend(spec, q, k, v, tensors)
-    tensors = computed(tensors, compute_dtype(q))
-    if spec.layout == "thd":
-        out, lse = (all_at_once if traced(q, k, v) else one_by_one)(spec, q, k, v, tensors)
-    elif spec.layout == "bshd":
-        if spec.page_size is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        out, lse = _bhsd(spec, q.transpose(1, 2), k, v, tensors)
-        out = out.transpose(1, 2)
-    else:
-        out, lse = _bhsd(spec, q, k, v, tensors)
+    out, lse = exact(spec, q, k, v, tensors)
     out = out.to(torch.bfloat16 if q.dtype in FLOAT8 else q.dtype)
     return (out, lse.float()) if spec.return_lse else out
 
 
-def _bhsd(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Output and lse in the dtype of the computation, before they are rounded to what the contract says."""
+    x, rest = operands(q, k, v, tensors)
+    if spec.layout == "thd":
+        return (all_at_once if traced(q, k, v) else one_by_one)(spec, x, rest)
+    if spec.layout == "bhsd":
+        return _bhsd(spec, x, rest)
+    x = x._replace(q=q.transpose(1, 2))
+    if spec.page_size is None:
+        x = x._replace(k=k.transpose(1, 2), v=v.transpose(1, 2))
+    out, lse = _bhsd(spec, x, rest)
+    return out.transpose(1, 2), lse
+
+
+def _bhsd(spec: AttentionSpec, x: Operands, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Output and lse of q in layout bhsd, k and v the same or in pages."""
-    batch, q_heads, sq, _ = q.shape
+    batch, q_heads, sq, _ = x.q.shape
     table = tensors.get("block_table")
-    skv = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    tracing = traced(q, k, v)
-    call = make_call(
-        padded_frame(
-            spec, tensors, q.device, batch=batch, q_heads=q_heads, group=q_heads // k.shape[1], sq=sq, skv=skv
-        ),
-        q,
-        k,
-        v,
-        bias=full_rank(tensors.get("bias")),
-        longest=skv,
-        keep=keep_of(spec, tensors, q.device, tracing),
-        table=table,
+    skv = x.k.shape[2] if table is None else table.shape[1] * x.k.shape[2]
+    tracing = traced(x.q, x.k, x.v)
+    frame = padded_frame(
+        spec, tensors, x.q.device, batch=batch, q_heads=q_heads, group=q_heads // x.k.shape[1], sq=sq, skv=skv
     )
-    return call.whole() if tracing else call.run(plan(call))
+    keep = keep_of(spec, tensors, x.q.device, tracing)
+    return compute(x, frame, longest=skv, keep=keep, table=table, tracing=tracing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ top carries no gradient."""
 class Tile:
     """What a tile needs besides its rows and keys.
 
-    dtype: of the computation. weight: the score's weight, cut to the tile's heads. dropout: draws the keep mask
+    dtype: of the computation. dropout: draws the keep mask
     of a shape, or None.
     """
 
@@ -34,11 +33,13 @@ class Tile:
     scales: Scales
     dtype: torch.dtype
     factor: float
-    weight: Tensor | None = None
     dropout: Keep | None = None
 
-    def part(self, at: Frame, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Part:
-        """The tile's share of the softmax, for q [B, Hq, sq, D], k and v [B, Hkv, skv, D]."""
+    def part(self, at: Frame, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None) -> Part:
+        """The tile's share of the softmax, for q [B, Hq, sq, D], k and v [B, Hkv, skv, D].
+
+        weight: the score's, [1 or Hq, ...].
+        """
         dtype, spec = self.dtype, self.spec
         live = at.live()
         if bias is not None:
@@ -46,7 +47,7 @@ class Tile:
             # A bias of -inf is a mask: as one, it leaves no inf - inf behind, whatever the key holds.
             said = bias != -torch.inf
             live = said if live is None else live & said
-        s = self._scores(at, q.to(dtype), k.to(dtype))
+        s = self._scores(at, q.to(dtype), k.to(dtype), weight)
         if live is not None:
             # Before softcap: a masked overflow would come back as 0 * NaN in the backward of tanh.
             s = torch.where(live, s, 0.0)
@@ -72,30 +73,32 @@ class Tile:
             p = p * scale
         return _by_kv_head(p, v.to(dtype)), total, top
 
-    def _scores(self, at: Frame, q: Tensor, k: Tensor) -> Tensor:
+    def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None) -> Tensor:
         """Raw scores [B, Hq, sq, skv] of q [B, Hq, sq, Dq] and k [B, Hkv, skv, Dk], scaled."""
         rows = self.scales.rows(at, self.dtype)
         if rows is not None:
             q = q * rows
         columns = self.scales.keys("k_descale", at, self.dtype)
         if isinstance(self.spec.score, scores.Additive):
-            return self._additive(at, q, k, columns)
-        if self.weight is not None:
-            q = q @ self.weight
+            return _additive(at, q, k, columns, weight)
+        if weight is not None:
+            q = q @ weight
         if self.factor != 1.0:
             q = q * self.factor
         s = _by_kv_head(q, k.mT)
         # On the scores, not on k: a stale scale times a stale key may overflow, and the scores get masked.
         return s if columns is None else s * columns
 
-    def _additive(self, at: Frame, q: Tensor, k: Tensor, columns: Tensor | None) -> Tensor:
-        if self.weight is None:
-            raise AssertionError("an additive score has a weight")
-        keys = k.repeat_interleave(at.group, 1) if at.group > 1 else k
-        if columns is not None:
-            keys = keys * columns.mT
-        hidden = torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2))
-        return (hidden @ self.weight.view(1, -1, 1, hidden.shape[-1], 1)).squeeze(-1)
+
+def _additive(at: Frame, q: Tensor, k: Tensor, columns: Tensor | None, weight: Tensor | None) -> Tensor:
+    """sum(w * tanh(q + k)): [B, Hq, sq, skv], by way of a hidden layer [B, Hq, sq, skv, D]."""
+    if weight is None:
+        raise AssertionError("an additive score has a weight")
+    keys = k.repeat_interleave(at.group, 1) if at.group > 1 else k
+    if columns is not None:
+        keys = keys * columns.mT
+    hidden = torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2))
+    return (hidden @ weight.view(1, -1, 1, hidden.shape[-1], 1)).squeeze(-1)
 
 
 def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
@@ -131,8 +134,3 @@ def finish(part: Part, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     safe = torch.where(none, 1.0, total)
     lse = torch.where(none, -torch.inf, _finite(top) + torch.log(safe))
     return acc / safe.unsqueeze(-1), lse
-
-
-def any_grad(*xs: Any) -> bool:
-    """Does anything here need a gradient?"""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in xs)
