@@ -51,8 +51,8 @@ def combine(records: Sequence[Record]) -> Record:
 
 
 def memory_class(peak: int) -> int:
-    """Peak memory in steps of a tenth of an octave, at least 1 MiB: smaller differences are measurement noise."""
-    return round(10 * math.log2(max(peak / 2**20, 1.0)))
+    """Peak memory in steps of a quarter of an octave, at least 1 MiB: smaller differences are measurement noise."""
+    return round(4 * math.log2(max(peak / 2**20, 1.0)))
 
 
 def _entries(records: Iterable[Record]) -> list[Record]:
