@@ -55,8 +55,8 @@ def block_layout(
     each sequence is a batch and documents are already apart. device: where the arrays go; `Custom` masks are
     evaluated there.
 
-    Time and memory are O(live blocks), plus the evaluation of the different undecided tiles; `Dense` and `Custom`
-    are evaluated block by block, in bounded memory.
+    Time and memory are O(live blocks), plus the evaluation of the different undecided tiles; `attn_mask` is read
+    once, and `Custom` is evaluated block by block, in bounded memory.
 
     Raises InputError (or a kind of it) where a size is negative, a tensor is missing or does not fit `batch`, or
     there are 2**31 live blocks or more.
@@ -72,7 +72,7 @@ def block_layout(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(name, f"expected an integer >= {least}, got {value!r}")
     pattern = s.Dense() if sparsity is None else sparsity
-    given = _needed(mask, pattern, tensors or {}, batch, packed)
+    given = _needed(mask, pattern, tensors or {}, (batch, heads, sq, skv), packed)
     q_lens = _lengths("q_len", q_len, batch, sq, 0, sq)
     kv_lens = _lengths("kv_len", kv_len, batch, skv, 0, skv)
     pattern_lens = _lengths("pattern_keys", pattern_keys, batch, skv, 0, skv)
@@ -97,7 +97,7 @@ def block_layout(
 
 
 def _needed(
-    mask: m.Mask, pattern: s.Sparsity, tensors: Mapping[str, Any], batch: int, packed: bool
+    mask: m.Mask, pattern: s.Sparsity, tensors: Mapping[str, Any], sizes: tuple[int, int, int, int], packed: bool
 ) -> dict[str, Tensor]:
     names = set(mask.tensors() | pattern.tensors())
     if packed:
@@ -106,12 +106,25 @@ def _needed(
         got = tensors.get(name)
         if not isinstance(got, Tensor):
             raise MissingTensorError(name, f"the mask or sparsity needs this tensor, got {got!r}")
-        table = name in ("kv_lengths", "prefix_lengths", "document_ids", "global_mask")
-        if table and (got.dim() == 0 or got.shape[0] != batch):
-            raise ShapeError(
-                name, f"expected {batch} entries in dimension 0, one a batch, got shape {tuple(got.shape)}"
-            )
+        _check_shape(name, tuple(got.shape), pattern, sizes)
     return {name: tensors[name] for name in sorted(names)}
+
+
+def _check_shape(name: str, shape: tuple[int, ...], pattern: s.Sparsity, sizes: tuple[int, int, int, int]) -> None:
+    batch, heads, sq, skv = sizes
+    if name in ("kv_lengths", "prefix_lengths"):
+        fits, wanted = shape == (batch,), f"[{batch}], one entry a batch"
+    elif name in ("document_ids", "global_mask"):
+        fits, wanted = len(shape) == 2 and shape[0] == batch and shape[1] >= skv, f"[{batch}, {skv}]"
+    elif isinstance(pattern, s.Blocks) and name == "block_mask":
+        blocks = (-(-sq // pattern.block_q), -(-skv // pattern.block_kv))
+        fits = len(shape) == 4 and shape[2:] == blocks and shape[0] in (1, batch) and shape[1] in (1, heads)
+        wanted = f"[{batch} or 1, {heads} or 1, {blocks[0]}, {blocks[1]}]"
+    else:
+        fits = len(shape) <= 4 and all(n in (1, size) for n, size in zip(shape[::-1], sizes[::-1], strict=False))
+        wanted = f"a shape that broadcasts to {sizes}"
+    if not fits:
+        raise ShapeError(name, f"expected {wanted}, got shape {shape}")
 
 
 def _lengths(name: str, value: Lengths, batch: int, default: int | Ints, low: int, high: int) -> Ints:

@@ -1,4 +1,4 @@
-"""Analysis of masks that look positions up in a table: global tokens and documents."""
+"""Analysis of masks that look pairs or positions up in a table: dense masks, global tokens and documents."""
 
 from __future__ import annotations
 
@@ -183,5 +183,34 @@ def _documents(ids: Ints, grid: Grid, lines: Ints) -> tuple[KeySets, KeySets] | 
     return may, grid.where(may, alone & inside)
 
 
+def _dense(mask: m.Dense, at: Context) -> Analysis:
+    """Whole tiles that are all False or all True; the others are read again, tile by tile."""
+    grid, table = at.grid, at.tensors["attn_mask"]
+    table = table.reshape((1,) * (4 - table.ndim) + table.shape)
+    n_b, n_h = table.shape[:2]
+    lead = [_tiles_of(table[b, h], grid) for b in range(min(n_b, grid.batch)) for h in range(min(n_h, grid.heads))]
+    row = grid.i0 // grid.block_q
+    own = (grid.b if n_b > 1 else 0) * n_h + (grid.h if n_h > 1 else 0)
+    sets = []
+    for n in range(2):
+        line, start, end = runs(np.stack([pair[n] for pair in lead])[own, row])
+        sets.append(grid.scattered(line, start * grid.block_kv, end * grid.block_kv))
+    return decided(sets[0], sets[1])
+
+
+def _tiles_of(table: Flags, grid: Grid) -> tuple[Flags, Flags]:
+    """(any, all) of each tile [n_q, n_kv] of a mask [sq or 1, skv or 1]."""
+    wide = table.shape[1] > 1
+    keys = np.arange(0, table.shape[1], grid.block_kv)
+    some = np.logical_or.reduceat(table, keys, axis=1) if wide else table
+    every = np.logical_and.reduceat(table, keys, axis=1) if wide else table
+    if table.shape[0] > 1:
+        rows = np.arange(0, table.shape[0], grid.block_q)
+        some, every = np.logical_or.reduceat(some, rows, axis=0), np.logical_and.reduceat(every, rows, axis=0)
+    shape = (grid.n_q, grid.n_kv)
+    return np.broadcast_to(some, shape), np.broadcast_to(every, shape)
+
+
+register(m.Dense, _dense)
 register(m.Global, _global)
 register(m.Document, _document)

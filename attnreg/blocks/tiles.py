@@ -18,7 +18,7 @@ from attnreg.masks import Coords
 __all__ = ["EMPTY", "FULL", "BitTiles", "distinct"]
 
 FULL, EMPTY = -1, -2
-PAIRS = 1 << 22  # evaluated at once: some tens of megabytes
+PAIRS = 1 << 20  # evaluated at once: some megabytes, which caches hold
 
 
 def distinct(columns: Columns, size: int) -> tuple[Ints, Ints]:

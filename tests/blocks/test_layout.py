@@ -78,7 +78,7 @@ def test_code_and_dense_masks_are_evaluated_in_bounded_memory() -> None:
         return out
 
     layout = block_layout(m.Custom(mask_mod), None, sq, skv, 64, 64)
-    assert max(seen) <= 1 << 22
+    assert max(seen) <= 1 << 20
     assert sum(seen) == sq * skv
     assert (layout.n_tiles, layout.live_blocks) == (5, (sq // 64) * (skv // 64))
 
@@ -175,6 +175,14 @@ def test_lengths_one_a_batch() -> None:
         ({"mask": m.Padding()}, errors.MissingTensorError, "kv_lengths"),
         ({"mask": m.Padding(), "tensors": {"kv_lengths": torch.ones(3)}}, errors.ShapeError, "kv_lengths"),
         ({"sparsity": s.Blocks(4, 4)}, errors.MissingTensorError, "block_mask"),
+        ({"mask": m.Dense(), "tensors": {"attn_mask": torch.ones(7) > 0}}, errors.ShapeError, "attn_mask"),
+        ({"mask": m.Dense(), "tensors": {"attn_mask": torch.ones(3, 1, 8, 8) > 0}}, errors.ShapeError, "attn_mask"),
+        ({"mask": m.Document(), "tensors": {"document_ids": torch.ones(2, 7)}}, errors.ShapeError, "document_ids"),
+        (
+            {"sparsity": s.Blocks(4, 4), "tensors": {"block_mask": torch.ones(2, 1, 3, 2) > 0}},
+            errors.ShapeError,
+            "block_mask",
+        ),
         ({"offset": [1, 2, 3]}, errors.ShapeError, "offset"),
         ({"q_len": 9}, errors.InputError, "q_len"),
         ({"kv_len": -1}, errors.InputError, "kv_len"),
