@@ -17,6 +17,10 @@ from attnreg.testing.sequences import pick_rows
 __all__ = ["Limit", "Truth", "find_truth"]
 
 
+HALF = (torch.float16, torch.bfloat16)
+Solver = tuple[Inputs, Mapping[int, Tensor], Tensor, Tensor | None, Tensor | None, torch.dtype, Rounding | None]
+
+
 @dataclass(frozen=True)
 class Limit:
     """The most that the largest error and (float8 and int8 only) the mean error may be."""
@@ -44,7 +48,11 @@ def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None =
     """Compute oracle and plain computation at `rows`; the backward weights are 0 at every other row."""
     p = inputs.problem
     grad_out, grad_lse = _weights(inputs, rows)
-    parts, grads, floors = _solve(inputs, rows, grad_out, grad_lse, keep, torch.float64, None, noise=True)
+    exact: Solver = (inputs, rows, grad_out, grad_lse, keep, torch.float64, None)
+    parts, grads, floors = _solve(*exact, noise=True)
+    if grads and p.out_dtype not in HALF:  # there, the plain computation's own rounding is far larger
+        shaken = _solve(*exact, tremble=float(torch.finfo(p.out_dtype).eps))[1]
+        floors = {name: floors[name] + 3 * _largest(grad) for name, grad in shaken.items()}
     dtype: torch.dtype = getattr(torch, p.dtype)
     rounding = rounding_of(p)
     work = torch.float32 if rounding is not None else dtype
@@ -52,7 +60,7 @@ def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None =
     limits = _limits(p, parts, plain, rounding is not None)
     for name, grad in grads.items():
         plain_grad = plain_grads[name].to(inputs.leaves[name].dtype).double()
-        limits[name] = _grad_limit(p, parts, grad, plain_grad, floors[name], rounding is not None)
+        limits[name] = _grad_limit(p, grad, plain_grad, floors[name], rounding is not None)
     return Truth(rows, parts, grads, grad_out, grad_lse, limits)
 
 
@@ -95,6 +103,7 @@ def _solve(
     dtype: torch.dtype,
     rounding: Rounding | None,
     noise: bool = False,
+    tremble: float = 0.0,
 ) -> tuple[list[Part], dict[str, Tensor], dict[str, float]]:
     """Parts and gradients in `dtype`, and what rounding of `out` alone may do to each gradient."""
     p, spec = inputs.problem, inputs.problem.spec
@@ -108,7 +117,7 @@ def _solve(
             tensors[name] = leaves[name]
     q, k, v = (leaves.get(n, x.detach()) for n, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)))
     with torch.set_grad_enabled(bool(leaves)):
-        parts = attend(spec, q, k, v, tensors, dtype=dtype, rounding=rounding, rows=rows, keep=keep)
+        parts = attend(spec, q, k, v, tensors, dtype=dtype, rounding=rounding, rows=rows, keep=keep, tremble=tremble)
     grads: dict[str, Tensor] = {}
     floors: dict[str, float] = {}
     if leaves:
@@ -153,7 +162,7 @@ def _noise(p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mappin
         sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
         weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))
     given = _backward([part.lse for part in parts], weights, leaves, retain=False)
-    return {name: _largest(grad) for name, grad in given.items()}
+    return {name: 2 * _largest(grad) for name, grad in given.items()}
 
 
 def lse_rows(layout: str, lse: Tensor, part: Part) -> Tensor:
@@ -170,12 +179,12 @@ def _largest(x: Tensor) -> float:
 def _eps(p: Problem) -> tuple[float, float]:
     """(machine epsilon, how many of it the floor grants): sums in another order differ by more than one in float32."""
     dtype = p.out_dtype
-    return float(torch.finfo(dtype).eps), 0.5 if dtype in (torch.float16, torch.bfloat16) else 8.0
+    return float(torch.finfo(dtype).eps), 0.5 if dtype in HALF else 8.0
 
 
 def _steepness(p: Problem, parts: list[Part]) -> float:
     """How much a relative error of a logit counts: logits of size 100 make an error of 100 eps in every weight."""
-    if p.out_dtype in (torch.float16, torch.bfloat16):
+    if p.out_dtype in HALF:
         return 0.0
     finite = [part.lse[part.lse.isfinite()] for part in parts]
     return max((_largest(x) for x in finite), default=0.0)
@@ -198,10 +207,10 @@ def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -
     return limits
 
 
-def _grad_limit(p: Problem, parts: list[Part], grad: Tensor, plain: Tensor, noise: float, quantised: bool) -> Limit:
+def _grad_limit(p: Problem, grad: Tensor, plain: Tensor, noise: float, quantised: bool) -> Limit:
     worst = _largest(plain - grad)
     amplitude, (eps, units) = _largest(grad), _eps(p)
-    floor = eps * amplitude * (2 * units + _steepness(p, parts)) + 2 * noise
+    floor = eps * amplitude * 2 * units + noise
     return Limit((4 if quantised else 3) * worst + floor + (1e-5 if quantised else 0.0))
 
 

@@ -31,7 +31,7 @@ LENGTHS = (1, 63, 65, 127, 129, 192)
 """No multiple of a tile, one short of one, one more than one, and L % 128 == 64."""
 
 ORDER: tuple[Flavour, ...] = ("normal", "constant", "empty", "huge", "low", "large")
-PAIRS = {"quick": 1 << 21, "full": 1 << 24}
+PAIRS = {"quick": 1 << 20, "full": 1 << 24}
 """Score entries of the given problem that the oracle computes; beyond it rows are sampled."""
 
 

@@ -36,6 +36,43 @@ class Part:
     empty: Tensor
 
 
+@dataclass(frozen=True)
+class Options:
+    """How `attend` computes: see its arguments."""
+
+    dtype: torch.dtype
+    rounding: Rounding | None
+    keep: Tensor | None
+    tremble: float
+
+
+class Tremble(torch.autograd.Function):
+    """The identity, whose gradient is only what rounding does to it.
+
+    A flash backward pass computes the weights again from logits that are rounded to eps of their size, so each
+    weight, and with it each logit's gradient, is off by a part of eps * (4 + abs(logit)), with any sign. The
+    gradients that come out of this node's graph are those errors, carried to the inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, score: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(score)
+        ctx.eps = eps
+        return score.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (score,) = ctx.saved_tensors
+        return grad * shake(score, ctx.eps), None
+
+
+def shake(score: Tensor, eps: float) -> Tensor:
+    """Relative errors of exp(score), of either sign without a pattern, the same at every call."""
+    size = torch.where(score.isfinite(), score.abs() + 4, torch.zeros_like(score)) * eps
+    index = torch.arange(score.numel(), device=score.device).reshape(score.shape)
+    return size * (1 - 2 * ((index * 2654435761 >> 13) & 1))
+
+
 def oracle(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None = None, **tensors: Any
 ) -> tuple[Tensor, Tensor]:
@@ -63,16 +100,18 @@ def attend(
     rounding: Rounding | None = None,
     rows: Mapping[int, Tensor] | None = None,
     keep: Tensor | None = None,
+    tremble: float = 0.0,
 ) -> list[Part]:
     """Every sequence's result, computed in `dtype`; softmax statistics never below float32.
 
     rows: sequence -> the query rows wanted (int64); a sequence that is not named gives none. rounding: what a
-    quantised computation rounds on its way.
+    quantised computation rounds on its way. tremble: see `Tremble`; 0 is off.
     """
     out = []
     for one in shapes(spec, q, k, tensors):
         picked = torch.arange(one.sq) if rows is None else rows.get(one.b, torch.arange(0))
-        out.append(_sequence(spec, one, picked.to(q.device), q, k, v, tensors, dtype, rounding, keep))
+        how = Options(dtype, rounding, keep, tremble)
+        out.append(_sequence(spec, one, picked.to(q.device), q, k, v, tensors, how))
     return out
 
 
@@ -84,27 +123,25 @@ def _sequence(
     k: Tensor,
     v: Tensor,
     tensors: Mapping[str, Any],
-    dtype: torch.dtype,
-    rounding: Rounding | None,
-    keep: Tensor | None,
+    how: Options,
 ) -> Part:
     q_one, k_one, v_one = take_apart(spec, one, q, k, v, tensors)
-    q_one, k_one, v_one = descaled(spec, one, q_one[:, rows], k_one, v_one, tensors, dtype)
-    if rounding is not None:
-        q_one, k_one, v_one = rounding.inputs(q_one, k_one, v_one)
+    q_one, k_one, v_one = descaled(spec, one, q_one[:, rows], k_one, v_one, tensors, how.dtype)
+    if how.rounding is not None:
+        q_one, k_one, v_one = how.rounding.inputs(q_one, k_one, v_one)
     heads, width = q_one.shape[0], q_one.shape[-1] if isinstance(spec.score, scores.Additive) else 1
     step = max(1, CHUNK // max(heads * one.skv * width, 1))
     outs, lses, empties = [], [], []
     graph = torch.is_grad_enabled() and len(rows) > step
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
-        arguments = (spec, one, chunk, q_one[:, start : start + step], k_one, v_one, tensors, rounding, keep)
+        arguments = (spec, one, chunk, q_one[:, start : start + step], k_one, v_one, tensors, how)
         done = checkpoint(_chunk, *arguments, use_reentrant=False) if graph else _chunk(*arguments)
         outs.append(done[0])
         lses.append(done[1])
         empties.append(done[2])
     if not outs:
-        work = _statistics(dtype)
+        work = _statistics(how.dtype)
         return Part(
             one,
             rows,
@@ -127,8 +164,7 @@ def _chunk(
     k: Tensor,
     v: Tensor,
     tensors: Mapping[str, Any],
-    rounding: Rounding | None,
-    keep: Tensor | None,
+    how: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some queries of one sequence against all its keys. q: [Hq, n, Dq]; k, v: [Hkv, Skv, D]."""
     heads, group = q.shape[0], q.shape[0] // k.shape[0]
@@ -150,15 +186,24 @@ def _chunk(
         slopes = slopes[one.b if slopes.shape[0] > 1 else 0] if slopes.dim() == 2 else slopes
         distance = (positions[:, None] - torch.arange(one.skv, device=q.device)).abs()
         score = score - slopes[:, None, None] * distance.to(score.dtype)
+    if how.tremble:
+        score = Tremble.apply(score, how.tremble)  # type: ignore[no-untyped-call]  # torch has no types for it
     score = score.masked_fill(~may, -torch.inf)
-    sink = tensors["sinks"].to(score.dtype)[:, None, None] if spec.sinks else None
+    sink = tensors["sinks"].to(score.dtype)[:, None, None].expand(-1, len(rows), 1) if spec.sinks else None
+    if how.tremble and sink is not None:
+        sink = Tremble.apply(sink, how.tremble)  # type: ignore[no-untyped-call]  # as above
     weights, lse, empty = _softmax(score, sink)
-    if keep is not None:
+    if how.keep is not None:
+        keep = how.keep
         kept = keep.expand(-1, heads, -1, -1)[one.b if keep.shape[0] > 1 else 0][:, rows, : one.skv]
         weights = weights * kept / (1 - spec.dropout_p)
-    if rounding is not None:
-        return rounding.product(weights, v, group).to(q.dtype), lse, empty
+    if how.rounding is not None:
+        return how.rounding.product(weights, v, group).to(q.dtype), lse, empty
     weights = grouped(weights.to(q.dtype), group)
+    if how.tremble:
+        # What v gets through weights that are off: their error alone, in the place of the weights.
+        off = weights.detach() * grouped(shake(score.detach(), how.tremble), group)
+        return (weights @ v.detach()[:, None] + off @ (v - v.detach())[:, None]).flatten(0, 1), lse, empty
     return (weights @ v[:, None]).flatten(0, 1), lse, empty
 
 
@@ -188,9 +233,9 @@ def _part_of(table: Tensor, one: Shape, rows: Tensor) -> Tensor:
 
 
 def _softmax(score: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, lse, empty). score: [Hq, n, Skv], -inf where masked; sink: [Hq, 1, 1] or None."""
+    """(weights, lse, empty). score: [Hq, n, Skv], -inf where masked; sink: [Hq, n, 1] or None."""
     none = score.new_full((*score.shape[:-1], 1), -torch.inf)  # of size 1 even where there are no keys
-    top = torch.cat([score, none if sink is None else sink.expand_as(none)], -1).detach().amax(-1, keepdim=True)
+    top = torch.cat([score, none if sink is None else sink], -1).detach().amax(-1, keepdim=True)
     empty = (score.detach() == -torch.inf).all(-1, keepdim=True)
     nothing = top == -torch.inf
     top = top.masked_fill(nothing, 0.0)

@@ -1,10 +1,10 @@
 """The eager backend on the public table; it refuses nothing."""
 
 import pytest
-from attnreg_eager.backend import Eager
 
 from attnreg.testing import BackendConformance, cases
 from attnreg.testing.conformance import listed_refusals
+from attnreg_eager.backend import Eager
 
 
 class TestEager(BackendConformance):

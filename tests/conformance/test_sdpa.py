@@ -1,9 +1,9 @@
 """The torch SDPA backend on the public table."""
 
 import pytest
-from attnreg_sdpa import Sdpa
 
 from attnreg.testing import BackendConformance, cases
+from attnreg_sdpa import Sdpa
 
 
 class TestSdpa(BackendConformance):

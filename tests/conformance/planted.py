@@ -1,0 +1,200 @@
+"""Backends with one planted fault each, around a right one: what the kit must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import Hardware, Problem, SearchSpace
+from attnreg.testing.oracle import attend
+from attnreg.testing.sequences import put_together
+
+Result = Any
+Fault = Callable[[Callable[..., Result], Tensor, Tensor, Tensor, dict[str, Any]], Result]
+
+
+def prepare_right(problem: Problem) -> Callable[..., Result]:
+    """A right backend: the kit's own plain computation in float32 (float64 for float64)."""
+    spec = problem.spec
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Result:
+        keep = None
+        if spec.dropout_p:
+            shape = (*q.shape[:3], k.shape[2])
+            keep = torch.rand(shape, generator=tensors["generator"]) >= spec.dropout_p
+        dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+        parts = attend(spec, q, k, v, tensors, dtype=dtype, keep=keep)
+        out, lse = put_together(spec.layout, q, [(part.out, part.lse) for part in parts], v.shape[-1])
+        out = out.to(problem.out_dtype)
+        return (out, lse.float()) if spec.return_lse else out
+
+    return run
+
+
+class Planted:
+    """A right backend with a fault. `reasons` are what it refuses with, if anything."""
+
+    version = "1"
+
+    def __init__(self, fault: Fault, reasons: list[str] | None = None) -> None:
+        self.name = f"planted_{fault.__name__}"
+        self.fault = fault
+        self.reasons = reasons or []
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        return self.reasons
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        return SearchSpace()
+
+    def prepare(self, problem: Problem, config: Any) -> Callable[..., Result]:
+        right = prepare_right(problem)
+        return lambda q, k, v, **tensors: self.fault(right, q, k, v, tensors)
+
+
+def none(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    return right(q, k, v, **tensors)
+
+
+def _split(result: Result) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+
+
+def _join(out: Tensor, rest: tuple[Tensor, ...]) -> Result:
+    return (out, *rest) if rest else out
+
+
+class _ScaledGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 1.001
+
+
+def wrong_grad(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """A tenth of a percent too much gradient for k; the forward pass is right."""
+    return right(q, _ScaledGrad.apply(k), v, **tensors)
+
+
+def no_grad(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """The graph is cut at v."""
+    return right(q, k, v.detach(), **tensors)
+
+
+def nan_below_88(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """What exp(lse) in float32 makes of a row whose every logit is below -88."""
+    out, rest = _split(right(q, k, v, **tensors))
+    if rest:
+        lse = rest[0][..., None] if out.shape[:3] == rest[0].shape else rest[0].transpose(-1, -2)[..., None]
+        out = torch.where((lse.detach() < -88) & lse.detach().isfinite(), out * float("nan"), out)
+    return _join(out, rest)
+
+
+def wrong_at_half_tile(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Wrong only where the keys fill half of the last 128-wide tile: its last key is lost."""
+    out, rest = _split(right(q, k, v, **tensors))
+    if k.dim() == 4 and k.shape[2] % 128 == 64:
+        out = out * 0.99
+    return _join(out, rest)
+
+
+def wrong_at_one_length(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Right at the prepared size, wrong at others of the bucket: a length baked into the kernel."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out if q.shape[2] == 129 else out + 1e-3, rest)
+
+
+def changes_inputs(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Scales q in place."""
+    result = right(q, k, v, **tensors)
+    with torch.no_grad():
+        q.mul_(0.5)
+    return result
+
+
+def touches_inputs(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Writes to v and puts it back."""
+    result = right(q, k, v, **tensors)
+    with torch.no_grad():
+        v.mul_(2.0)
+        v.mul_(0.5)
+    return result
+
+
+class _Unwritten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        if x.shape[2] > 1:
+            out[:, :, :-1] = x[:, :, :-1]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def unwritten(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """The last row of the output is memory that nobody wrote."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(_Unwritten.apply(out), rest)
+
+
+def wrong_dtype(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """float32 whatever q is."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out.float(), rest)
+
+
+def wrong_shape(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Heads and rows swapped."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out.transpose(1, 2), rest)
+
+
+def forgets_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    return _split(right(q, k, v, **tensors))[0]
+
+
+def log2_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """lse in the wrong base."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out, tuple(x * 1.4426950408889634 for x in rest))
+
+
+def leaves_a_trace(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Masks by adding -1e9: a huge key that nobody may attend still shows."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out + 0 * (k.detach().float() * 1e38).sum().to(out.dtype), rest)
+
+
+def empty_rows_average(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """A row that attends nothing gives the mean of v, as softmax of equal scores does."""
+    out, rest = _split(right(q, k, v, **tensors))
+    empty = (out.detach() == 0).all(-1, keepdim=True)
+    return _join(torch.where(empty, torch.ones_like(out) * v.detach().float().mean().to(out.dtype), out), rest)
+
+
+def raises(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    raise RuntimeError("no kernel image is available")
+
+
+def returns_input(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Right for one key, and a view of v: whoever writes to the output writes to the input."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(v.expand_as(out) if k.shape[2] == 1 and q.shape[1] == k.shape[1] else out, rest)
+
+
+_turn = iter(range(1 << 30))
+
+
+def unrepeatable(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Another last bit at every call, as atomics give."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out * (1 + (next(_turn) % 2) * 2**-22), rest)

@@ -1,0 +1,161 @@
+"""The kit catches planted faults, each with its reason, and passes a backend without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import planted
+import pytest
+from planted import Planted, prepare_right
+
+from attnreg import AttentionSpec, Problem, masks
+from attnreg.hardware import detect
+from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs
+from attnreg.testing.conformance import listed_refusals
+
+GRADS = frozenset({"q", "k", "v"})
+HALF = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
+CAUSAL = AttentionSpec(mask=masks.Causal(), return_lse=True)
+PLAIN = Problem(CAUSAL, 2, 4, 2, 129, 129, 32, 32, 32, grads=GRADS, square=True)
+PADDED = replace(PLAIN, spec=AttentionSpec(mask=masks.Padding() & masks.Causal(), return_lse=True))
+
+FAULTS = [
+    (planted.wrong_grad, PLAIN, "grad of k: error"),
+    (planted.no_grad, PLAIN, "grad of v: error"),
+    (planted.nan_below_88, PLAIN, "NaN in grad of q"),
+    (planted.wrong_at_half_tile, PLAIN, "out: error"),
+    (planted.wrong_at_one_length, PLAIN, "another size of the same bucket: out: error"),
+    (planted.changes_inputs, PLAIN, "the input q was changed"),
+    (planted.touches_inputs, replace(PLAIN, grads=frozenset()), "the input v was written to in place"),
+    (planted.unwritten, PLAIN, "unwritten memory or NaN in out"),
+    (planted.wrong_dtype, replace(PLAIN, **HALF), "out: expected dtype torch.bfloat16, got torch.float32"),
+    (planted.wrong_shape, PLAIN, "out: expected shape [2, 4, 129, 32]"),
+    (planted.forgets_lse, PLAIN, "expected (out, lse), got Tensor"),
+    (planted.log2_lse, PLAIN, "lse: error"),
+    (planted.leaves_a_trace, PADDED, "NaN in out"),
+    (planted.empty_rows_average, PADDED, "rows that attend nothing must be exactly 0"),
+    (planted.raises, PLAIN, "raised RuntimeError: no kernel image"),
+    (planted.returns_input, replace(PLAIN, q_heads=2), "out shares its memory with v"),
+    (
+        planted.unrepeatable,
+        replace(PLAIN, spec=AttentionSpec(mask=masks.Causal(), deterministic=True)),
+        "deterministic=True, but out differs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "problem", "reason"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_gate_names_the_fault(fault: planted.Fault, problem: Problem, reason: str) -> None:
+    result = check_backend(Planted(fault), problem, {}, detect(), budget="full")
+    assert not result.ok
+    assert reason in result.reason
+    assert result.case
+
+
+@pytest.mark.parametrize(("fault", "problem", "reason"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_quick_gate_is_enough(fault: planted.Fault, problem: Problem, reason: str) -> None:
+    assert not check_backend(Planted(fault), problem, {}, detect()).ok
+
+
+@pytest.mark.parametrize("problem", sorted({str(p): p for _, p, _ in FAULTS}.items()), ids=lambda x: x[0][:60])
+def test_no_fault_no_failure(problem: tuple[str, Problem]) -> None:
+    result = check_backend(Planted(planted.none), problem[1], {}, detect(), budget="full")
+    assert result.ok, result.reason
+    assert result.error <= result.bound
+    assert result.grad_error is None or result.grad_bound is None or result.grad_error <= result.grad_bound
+    assert result.checked > 30
+
+
+def test_a_refusal_fails_the_gate_with_its_reason() -> None:
+    result = check_backend(Planted(planted.none, ["no such instruction here"]), PLAIN, {}, detect())
+    assert result == GateResult(False, "refused: no such instruction here", float("inf"), case=result.case, checked=0)
+
+
+def test_a_large_problem_is_sampled_and_still_caught() -> None:
+    large = replace(PLAIN, batch=1, q_heads=2, kv_heads=1, sq=900, skv=900)
+    assert check_backend(Planted(planted.none), large, {}, detect()).ok
+    assert not check_backend(Planted(planted.wrong_grad), large, {}, detect()).ok
+
+
+def run_suite(backend: Planted, chosen: list[Case]) -> list[str]:
+    """Run the suite as pytest would; the messages of the tests that failed."""
+
+    class Suite(BackendConformance):
+        pass
+
+    Suite.backend, Suite.cases = backend, chosen
+    failures = []
+    for case in chosen:
+        for test in (Suite().test_case, Suite().test_configurations, Suite().test_bucket):
+            try:
+                test(case)
+            except (pytest.fail.Exception, AssertionError) as error:
+                failures.append(str(error))
+    return failures
+
+
+FEW = [
+    c
+    for c in cases()
+    if c.name.startswith(("causal/normal", "causal/low", "padding/huge", "padding/empty", "deterministic/normal"))
+    or c.name in ("causal/length_192_192x192/float16", "causal/large_127x127/float32")
+]
+
+
+@pytest.mark.parametrize("fault", [f for f, _, _ in FAULTS], ids=lambda f: f.__name__)
+def test_the_suite_fails_every_fault(fault: planted.Fault) -> None:
+    chosen = FEW
+    if fault is planted.returns_input:
+        one = Problem(AttentionSpec(), 2, 2, 2, 1, 1, 32, 32, 32, square=True)
+        chosen = [Case("one_key", one)]
+    assert run_suite(Planted(fault), chosen)
+
+
+def test_the_suite_passes_a_right_backend() -> None:
+    assert not run_suite(Planted(planted.none), FEW)
+
+
+def test_a_refusal_passes_and_is_listed_but_must_be_a_sentence() -> None:
+    assert not run_suite(Planted(planted.wrong_grad, ["the device lacks fused multiply-add"]), FEW[:2])
+    assert list(listed_refusals()["planted_wrong_grad"].values()) == [["the device lacks fused multiply-add"]] * 2
+    assert run_suite(Planted(planted.none, ["no"]), FEW[:1])
+    del_all()
+
+
+def test_a_backend_that_refuses_everything_fails() -> None:
+    class Suite(BackendConformance):
+        backend = Planted(planted.none, ["it is Sunday today"])
+        cases = FEW[:3]
+
+    with pytest.raises(AssertionError, match="refuses every case"):
+        Suite().test_refusals()
+    del_all()
+
+
+def del_all() -> None:
+    """Planted refusals have no place in the run's own summary."""
+    from attnreg.testing import conformance
+
+    for name in [name for name in conformance._refusals if name.startswith("planted")]:
+        del conformance._refusals[name]
+
+
+def test_dropout_is_read_off_the_candidate() -> None:
+    case = next(c for c in cases() if c.name.startswith("dropout/normal_65x65/float32"))
+    inputs = case.inputs()
+    right = prepare_right(inputs.problem)
+    assert check_inputs(right, inputs).ok
+
+    def ignores(q, k, v, generator, **tensors):  # type: ignore[no-untyped-def]
+        return right(q, k, v, generator=generator.manual_seed(1), **tensors)
+
+    def never_drops(q, k, v, generator, **tensors):  # type: ignore[no-untyped-def]
+        return prepare_right(replace(inputs.problem, spec=AttentionSpec(mask=masks.Causal())))(q, k, v)
+
+    def unseeded(q, k, v, generator, **tensors):  # type: ignore[no-untyped-def]
+        generator.seed()
+        return right(q, k, v, generator=generator)
+
+    assert "under another generator seed" in check_inputs(ignores, inputs).reason
+    assert "expected 0.7500" in check_inputs(never_drops, inputs).reason
+    assert "does not repeat" in check_inputs(unseeded, inputs).reason
