@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from attnreg import hardware
 from attnreg.hardware import Hardware, cpu_quota, detect, usable_cores
 
 
@@ -60,3 +63,33 @@ def test_affinity_cuts_the_cores() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("hip", "props", "want"),
+    [
+        (
+            None,
+            {"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 85,
+             "shared_memory_per_block_optin": 232448, "regs_per_multiprocessor": 65536, "warp_size": 32},
+            ("cuda", "nvidia", "sm_90", 132, 232448, 32),
+        ),
+        (
+            "6.4",
+            {"name": "AMD Instinct MI300X", "gcnArchName": "gfx942:sramecc+:xnack-", "multi_processor_count": 304,
+             "total_memory": 206, "warp_size": 64},
+            ("hip", "amd", "gfx942", 304, 0, 64),
+        ),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_what_torch_says(
+    hip: str | None, props: dict[str, object], want: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**props))
+    hardware._gpu.cache_clear()
+    try:
+        gpu = detect("cuda:0")
+    finally:
+        hardware._gpu.cache_clear()
+    assert (gpu.kind, gpu.vendor, gpu.arch, gpu.cores, gpu.shared_memory, gpu.warp_size) == want
