@@ -9,5 +9,6 @@ from attnreg import Backend, hookimpl
 def attnreg_backends() -> list[Backend]:
     """Called once by attnreg."""
     from attnreg_eager.backend import Eager
+    from attnreg_eager.fp8_backend import EagerFp8
 
-    return [Eager()]
+    return [Eager(), EagerFp8()]

@@ -12,7 +12,7 @@ from attnreg import AttentionSpec, masks, scores
 from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
 
-__all__ = ["Part", "Tile", "finish", "merge"]
+__all__ = ["Part", "Tile", "by_kv_head", "finish", "finite", "merge"]
 
 Keep = Callable[[tuple[int, ...]], Tensor]
 Part = tuple[Tensor, Tensor, Tensor]
@@ -41,13 +41,29 @@ class Tile:
         weight: the score's, [1 or Hq, ...].
         """
         dtype, spec = self.dtype, self.spec
+        s, live = self.logits(at, self._scores(at, q.to(dtype), k.to(dtype), weight), bias)
+        top = s.detach().amax(-1) if s.shape[-1] else s.detach().new_full(s.shape[:-1], -torch.inf)
+        p = torch.exp(s - finite(top).unsqueeze(-1))
+        if live is not None:
+            # By where, not by multiplying: dP of a masked key may be anything, even inf.
+            p = torch.where(live, p, 0.0)
+        total = p.sum(-1)
+        if self.dropout is not None:
+            p = torch.where(self.dropout(tuple(p.shape)), p / (1 - spec.dropout_p), 0.0)
+        scale = self.scales.keys("v_descale", at, dtype)
+        if scale is not None:
+            p = p * scale
+        return by_kv_head(p, v.to(dtype)), total, top
+
+    def logits(self, at: Frame, s: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Softcap, bias, ALiBi and mask over raw scores s; and where a row may attend, None for everywhere."""
+        dtype, spec = self.dtype, self.spec
         live = at.live()
         if bias is not None:
             bias = bias.to(dtype)
             # A bias of -inf is a mask: as one, it leaves no inf - inf behind, whatever the key holds.
             said = bias != -torch.inf
             live = said if live is None else live & said
-        s = self._scores(at, q.to(dtype), k.to(dtype), weight)
         if live is not None:
             # Before softcap: a masked overflow would come back as 0 * NaN in the backward of tanh.
             s = torch.where(live, s, 0.0)
@@ -58,20 +74,7 @@ class Tile:
         if spec.alibi:
             slopes = masks.take(at.tensors["alibi_slopes"].to(dtype), at.bq, at.h)
             s = s - slopes * (at.p - at.j).abs().to(dtype)
-        if live is not None:
-            s = torch.where(live, s, -torch.inf)
-        top = s.detach().amax(-1) if s.shape[-1] else s.detach().new_full(s.shape[:-1], -torch.inf)
-        p = torch.exp(s - _finite(top).unsqueeze(-1))
-        if live is not None:
-            # By where, not by multiplying: dP of a masked key may be anything, even inf.
-            p = torch.where(live, p, 0.0)
-        total = p.sum(-1)
-        if self.dropout is not None:
-            p = torch.where(self.dropout(tuple(p.shape)), p / (1 - spec.dropout_p), 0.0)
-        scale = self.scales.keys("v_descale", at, dtype)
-        if scale is not None:
-            p = p * scale
-        return _by_kv_head(p, v.to(dtype)), total, top
+        return s if live is None else torch.where(live, s, -torch.inf), live
 
     def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None) -> Tensor:
         """Raw scores [B, Hq, sq, skv] of q [B, Hq, sq, Dq] and k [B, Hkv, skv, Dk], scaled."""
@@ -85,7 +88,7 @@ class Tile:
             q = q @ weight
         if self.factor != 1.0:
             q = q * self.factor
-        s = _by_kv_head(q, k.mT)
+        s = by_kv_head(q, k.mT)
         # On the scores, not on k: a stale scale times a stale key may overflow, and the scores get masked.
         return s if columns is None else s * columns
 
@@ -101,7 +104,7 @@ def _additive(at: Frame, q: Tensor, k: Tensor, columns: Tensor | None, weight: T
     return (hidden @ weight.view(1, -1, 1, hidden.shape[-1], 1)).squeeze(-1)
 
 
-def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
+def by_kv_head(x: Tensor, y: Tensor) -> Tensor:
     """x [B, Hq, n, m] @ y [B, Hkv, m, o] -> [B, Hq, n, o], where the heads of a group share one y unrepeated."""
     batch, q_heads, n, m = x.shape
     kv_heads = y.shape[1]
@@ -111,7 +114,7 @@ def _by_kv_head(x: Tensor, y: Tensor) -> Tensor:
     return out.reshape(batch, q_heads, n, y.shape[-1])
 
 
-def _finite(top: Tensor) -> Tensor:
+def finite(top: Tensor) -> Tensor:
     """The shift of the exponentials: 0 for a row without keys, so that -inf - (-inf) never happens."""
     return torch.where(top == -torch.inf, 0.0, top)
 
@@ -119,7 +122,7 @@ def _finite(top: Tensor) -> Tensor:
 def merge(a: Part, b: Part) -> Part:
     """The share of two disjoint sets of keys (Milakov and Gimelshein 2018, arXiv:1805.02867)."""
     top = torch.maximum(a[2], b[2])
-    wa, wb = torch.exp(a[2] - _finite(top)), torch.exp(b[2] - _finite(top))
+    wa, wb = torch.exp(a[2] - finite(top)), torch.exp(b[2] - finite(top))
     return a[0] * wa.unsqueeze(-1) + b[0] * wb.unsqueeze(-1), a[1] * wa + b[1] * wb, top
 
 
@@ -128,9 +131,9 @@ def finish(part: Part, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     acc, total, top = part
     if sinks is not None:
         new = torch.maximum(top, sinks.detach())
-        shrink = torch.exp(top - _finite(new))
-        acc, total, top = acc * shrink.unsqueeze(-1), total * shrink + torch.exp(sinks - _finite(new)), new
+        shrink = torch.exp(top - finite(new))
+        acc, total, top = acc * shrink.unsqueeze(-1), total * shrink + torch.exp(sinks - finite(new)), new
     none = total == 0
     safe = torch.where(none, 1.0, total)
-    lse = torch.where(none, -torch.inf, _finite(top) + torch.log(safe))
+    lse = torch.where(none, -torch.inf, finite(top) + torch.log(safe))
     return acc / safe.unsqueeze(-1), lse
