@@ -14,6 +14,7 @@ from attnreg import masks as m
 from attnreg import sparsity as s
 from attnreg.blocks import tables as _tables  # noqa: F401  # registers its masks
 from attnreg.blocks.analysis import Analysis, Context, analyse, meet
+from attnreg.blocks.code import reads_batch_and_head
 from attnreg.blocks.grid import Grid, Tiles
 from attnreg.blocks.intervals import Ints, ragged
 from attnreg.blocks.layout import BlockLayout
@@ -77,7 +78,9 @@ def block_layout(
     kv_lens = _lengths("kv_len", kv_len, batch, skv, 0, skv)
     pattern_lens = _lengths("pattern_keys", pattern_keys, batch, skv, 0, skv)
     offsets = _lengths("offset", offset, batch, kv_lens - q_lens, -(2**61), 2**61)
-    by_batch, by_head = _depends(mask, pattern, given, (q_lens, kv_lens, offsets, pattern_lens))
+    # Custom reads tensors of its own, which live where the call's do.
+    where = torch.device(device) if any(isinstance(x, m.Custom) for x in m.walk(mask)) else torch.device("cpu")
+    by_batch, by_head = _depends(mask, pattern, given, (q_lens, kv_lens, offsets, pattern_lens), where)
     n_batch, n_heads = (batch if by_batch else 1), (heads if by_head else 1)
     lens = (x[:n_batch] for x in (offsets, q_lens, kv_lens, pattern_lens))
     grid = Grid(sq, skv, block_q, block_kv, n_batch, n_heads, *lens)
@@ -90,8 +93,6 @@ def block_layout(
     if blocks is not None:
         whole = meet(whole, blocks)
     tiles, kind = _listed(grid, whole)
-    # Custom reads tensors of its own, which live where the call's do.
-    where = torch.device(device) if any(isinstance(x, m.Custom) for x in m.walk(mask)) else torch.device("cpu")
     bits = _resolve(mask, pattern, tiles, kind, whole, given, packed, where)
     return _finish(grid, tiles, kind, bits, batch, heads, q_len, kv_len, torch.device(device))
 
@@ -142,7 +143,11 @@ def _lengths(name: str, value: Lengths, batch: int, default: int | Ints, low: in
 
 
 def _depends(
-    mask: m.Mask, pattern: s.Sparsity, given: Mapping[str, Tensor], lengths: tuple[Ints, ...]
+    mask: m.Mask,
+    pattern: s.Sparsity,
+    given: Mapping[str, Tensor],
+    lengths: tuple[Ints, ...],
+    where: torch.device,
 ) -> tuple[bool, bool]:
     """Can the pattern differ between batches, between heads?"""
     by_batch = any(bool((x != x[0]).any()) for x in lengths)
@@ -153,14 +158,18 @@ def _depends(
             by_head |= x.dim() >= 3 and x.shape[-3] > 1
         else:
             by_batch |= x.shape[0] > 1
-    # Code is asked for every batch and head; equal answers are joined again at the end.
-    custom = any(type(x) not in _KNOWN for x in m.walk(mask)) or type(pattern) not in _PATTERNS
-    return bool(by_batch or custom), bool(by_head or custom)
+    for part in m.walk(mask):
+        if isinstance(part, m.Custom):
+            reads = reads_batch_and_head(part, where)
+            by_batch, by_head = by_batch or reads[0], by_head or reads[1]
+    # What is not known is asked for every batch and head; equal answers are joined again at the end.
+    unknown = any(type(x) not in _KNOWN for x in m.walk(mask)) or type(pattern) not in _PATTERNS
+    return bool(by_batch or unknown), bool(by_head or unknown)
 
 
 _KNOWN = {
     m.And, m.Or, m.Not, m.Full, m.Causal, m.SlidingWindow, m.PrefixLM, m.Chunked, m.Dilated, m.Global, m.Document,
-    m.Padding, m.Dense,
+    m.Padding, m.Dense, m.Custom,
 }  # fmt: skip
 _PATTERNS = {s.Dense, s.Blocks, s.BigBird, s.Strided}
 

@@ -79,7 +79,7 @@ def test_code_and_dense_masks_are_evaluated_in_bounded_memory() -> None:
 
     layout = block_layout(m.Custom(mask_mod), None, sq, skv, 64, 64)
     assert max(seen) <= 1 << 20
-    assert sum(seen) == sq * skv
+    assert sum(seen) == sq * skv + 1, "one pair to see what it reads, then each pair once"
     assert (layout.n_tiles, layout.live_blocks) == (5, (sq // 64) * (skv // 64))
 
     seen.clear()
@@ -110,6 +110,32 @@ def test_batches_and_heads_are_told_apart_only_where_they_differ(
 ) -> None:
     layout = block_layout(mask, sparsity, 100, 100, 16, 16, batch=3, heads=4, tensors=tensors)
     assert (layout.n_batch, layout.n_heads) == lead
+
+
+def test_code_that_reads_no_batch_or_head_is_asked_once() -> None:
+    pairs = 0
+    documents, heads = torch.arange(64) // 9, torch.tensor([3, 5])
+
+    def counted(which: Callable[..., Tensor]) -> m.Custom:
+        def mask_mod(b: Tensor, h: Tensor, p: Tensor, j: Tensor) -> Tensor:
+            nonlocal pairs
+            out = which(b, h, p, j)
+            pairs += out.numel()
+            return out
+
+        return m.Custom(mask_mod)
+
+    for which, lead in (
+        (lambda b, h, p, j: documents[p] == documents[j], 1),
+        (lambda b, h, p, j: p - j < heads[h], 2),
+        (lambda b, h, p, j: torch.stack([p + 0 * j, j + b + 0 * p]).amax(0) < 30, 3),
+        (lambda b, h, p, j: (p >= j) & (b.eq(1) | h.bool()), 6),
+    ):
+        pairs = 0
+        layout = block_layout(counted(which), None, 64, 64, 16, 16, batch=3, heads=2)
+        assert pairs <= lead * 64 * 64 + 1
+        b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (3, 2, 64, 64)), indexing="ij")
+        assert torch.equal(layout.to_dense().expand(3, 2, 64, 64), which(b, h, i, j))
 
 
 def test_padded_tables_hold_the_lists() -> None:
