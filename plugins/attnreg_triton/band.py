@@ -83,15 +83,17 @@ def load_document(table, mask, sequence, index, missing):
 
 @triton.jit
 def allow(mask, sequence, rows, keys, prefix):
-    """True where the row may attend the key."""
-    allowed = rows.valid & (keys < sequence.kv_len)
+    """True where the row may attend the key; rows behind the last query are not asked.
+
+    Their weights are never stored, and in the backward pass are 0 by their lse. Bounds meet in one number a row, so
+    that a tile costs one comparison a side.
+    """
+    last = sequence.kv_len - 1
+    if mask.right is not None:
+        last = tl.minimum(tl.maximum(rows.position + mask.right, prefix - 1), last)
+    allowed = keys <= last
     if mask.left is not None:
         allowed = allowed & (keys >= rows.position - mask.left)
-    if mask.right is not None:
-        near = keys <= rows.position + mask.right
-        if (mask.prefix is not None) or (mask.prefix_lengths is not None):
-            near = near | (keys < prefix)
-        allowed = allowed & near
     if mask.document_first is not None:
         mine = load_document(mask.document_first, mask, sequence, rows.position, -1)
         allowed = allowed & (mine == load_document(mask.document_first, mask, sequence, keys, -2))

@@ -190,6 +190,10 @@ def backward_q_kernel(
         acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, kv_head, rows, mask, prefix, score,
         dropout, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
+    # The rows once more, as in the forward kernel: no addresses stay alive over the loops.
+    row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
+    index = make_rows(sequence, kv_head, row, GROUP)
+    valid = index.valid
     pointers = row_pointers(dq, sequence, index.query, index.head)
     if TAIL > 0:
         store_matrix(pointers, tl.arange(0, BLOCK_D), acc * score.scale, valid, BLOCK_D)
@@ -339,6 +343,8 @@ def backward_kv_kernel(
         mask, prefix, score, dropout, full_end, end, True, GROUP, BLOCK_M, D, BLOCK_D, TAIL, DV, BLOCK_DV,
         PRECISION,
     )  # fmt: skip
+    start = start + tl.minimum(limit, 0)
+    keys = start + tl.arange(0, BLOCK_N)
     valid = keys < limit
     pointers = key_pointers(dk, sequence, kv_head, keys, start, None)
     if TAIL > 0:

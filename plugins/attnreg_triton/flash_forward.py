@@ -183,6 +183,10 @@ def forward_kernel(
         divisor = divisor * (1.0 - dropout.p)
     accumulator = accumulator / divisor[:, None]
     natural = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    # The rows once more: written so that the compiler computes them here and keeps no addresses alive over the loops.
+    row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
+    row_index = make_rows(sequence, kv_head, row, GROUP)
+    valid = row_index.valid
     out_pointers = row_pointers(out, sequence, row_index.query, row_index.head)
     lse_pointers = row_pointers(lse, sequence, row_index.query, row_index.head)
     if SPLITS:

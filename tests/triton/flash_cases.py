@@ -31,11 +31,12 @@ def quick(chosen: Iterable[Case]) -> list[Case]:
         if feature not in features:
             features.append(feature)
         rotated = what.startswith(ROTATED[len(features) % len(ROTATED)]) and dtype == "float32"
-        if rotated or (what.startswith("normal") and dtype == "bfloat16"):
-            out.append(case)
-        elif feature in ("causal", "thd_causal") and what.startswith(("length_1_", "length_63", "decode_127")):
-            out.append(case)
-        elif feature in ("everything", "bias_full") and what.startswith(("edges", "strided", "expanded", "large")):
+        if (
+            rotated
+            or (what.startswith("normal") and dtype == "bfloat16")
+            or (feature in ("causal", "thd_causal") and what.startswith(("length_1_", "length_63", "decode_127")))
+            or (feature in ("everything", "bias_full") and what.startswith(("edges", "strided", "expanded", "large")))
+        ):
             out.append(case)
     return out
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from attnreg_triton.flash import TritonFlash
 from flash_cases import quick, taken, without_gradients
 
 from attnreg import AttentionSpec, Problem, TensorInfo, masks
@@ -14,6 +15,7 @@ from attnreg.hardware import detect
 from attnreg.testing import BackendConformance, Case, cases, make_inputs, oracle
 from attnreg.testing.candidate import check_candidate
 from attnreg.testing.dropout import check_dropout
+from attnreg_triton.flash import TritonFlash
 
 HARDWARE = detect("cpu")
 FLASH = TritonFlash()
@@ -31,7 +33,7 @@ def problem(spec: AttentionSpec, **sizes: object) -> Problem:
     return Problem(spec=spec, **merged)  # type: ignore[arg-type]  # sizes come by name
 
 
-def prepared(problem: Problem, **config: int | str) -> object:
+def prepared(problem: Problem, **config: int | str) -> Callable[..., Any]:
     """A callable of the flash backend, at its default configuration but for `config`."""
     assert FLASH.supports(problem, HARDWARE) == []
     return FLASH.prepare(problem, FLASH.space(problem, HARDWARE).check(config))
@@ -77,7 +79,9 @@ def test_bias_gradient_of_every_broadcast(dims: tuple[int, ...]) -> None:
     """The bias's gradient sums over what it broadcasts over: batches, heads, queries, keys, missing dimensions."""
     spec = AttentionSpec(mask=masks.Causal() & masks.SlidingWindow(21), bias=True, softcap=8.0)
     tensors = (TensorInfo("bias", "float32", dims),)
-    asked = problem(spec, batch=2, q_heads=4, kv_heads=2, sq=37, skv=50, tensors=tensors, grads=frozenset({"q", "bias"}))
+    asked = problem(
+        spec, batch=2, q_heads=4, kv_heads=2, sq=37, skv=50, tensors=tensors, grads=frozenset({"q", "bias"})
+    )
     inputs = make_inputs(asked)
     result = check_candidate(prepared(inputs.problem, dq_block_m=32, dq_block_n=16), inputs)
     assert result.ok, result.reason
@@ -111,7 +115,7 @@ def test_far_offsets_do_not_overflow(window: tuple[int, int]) -> None:
     spec = AttentionSpec(mask=masks.SlidingWindow(*window), align="offset", return_lse=True)
     inputs = make_inputs(problem(spec, batch=4))
     tensors = {"query_offset": torch.tensor([2**44, -(2**44), 2**28, -(2**20)])}
-    out, lse = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v, **tensors)  # type: ignore[operator]
+    out, lse = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v, **tensors)
     exact, exact_lse = oracle(spec, inputs.q, inputs.k, inputs.v, **tensors)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
@@ -120,7 +124,7 @@ def test_far_offsets_do_not_overflow(window: tuple[int, int]) -> None:
 def test_a_window_longer_than_any_key_line_is_no_window() -> None:
     spec = AttentionSpec(mask=masks.SlidingWindow(2**61, 2**61), return_lse=True)
     inputs = make_inputs(problem(spec))
-    out, _ = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v)  # type: ignore[operator]
+    out, _ = prepared(inputs.problem)(inputs.q, inputs.k, inputs.v)
     exact, _ = oracle(spec, inputs.q, inputs.k, inputs.v)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
     reasons = FLASH.supports(problem(spec.model_copy(update={"align": "offset"})), HARDWARE)
@@ -148,7 +152,7 @@ def test_compile_sees_through() -> None:
     run = prepared(inputs.problem)
 
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_lengths: torch.Tensor) -> torch.Tensor:
-        out, lse = run(q * 1.0, k, v, kv_lengths=kv_lengths)  # type: ignore[operator]
+        out, lse = run(q * 1.0, k, v, kv_lengths=kv_lengths)
         return (out.sin() * lse.clamp(min=-5).unsqueeze(-1)).sum()
 
     arguments = (inputs.q, inputs.k, inputs.v, inputs.tensors["kv_lengths"])
@@ -163,11 +167,11 @@ def test_one_feature_twice_gives_one_gradient() -> None:
     """Asking for dk alone, or dq alone, gives what asking for all gives: unwanted kernels are skipped, not needed."""
     spec = AttentionSpec(mask=masks.Causal())
     inputs = make_inputs(problem(spec, grads=frozenset("qkv")))
-    whole = torch.autograd.grad(prepared(inputs.problem)(inputs.q, inputs.k, inputs.v).sum(), (inputs.q, inputs.k))  # type: ignore[operator]
+    whole = torch.autograd.grad(prepared(inputs.problem)(inputs.q, inputs.k, inputs.v).sum(), (inputs.q, inputs.k))
     for n, name in enumerate("qk"):
         given = {x: getattr(inputs, x).detach().requires_grad_(x == name) for x in "qkv"}
         asked = replace(inputs.problem, grads=frozenset(name))
-        out = prepared(asked)(*given.values())  # type: ignore[operator]
+        out = prepared(asked)(*given.values())
         torch.testing.assert_close(torch.autograd.grad(out.sum(), given[name])[0], whole[n], rtol=0, atol=0)
 
 
