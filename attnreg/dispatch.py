@@ -56,7 +56,7 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
         if sizes is not None:
             check_values(spec, sizes, tensors)
         return run(q, k, v, **tensors)
-    if not tensors and isinstance(k, Tensor) and isinstance(v, Tensor) and not is_traced(q, k, v):
+    if not tensors and _well_typed(spec, q, k, v) and not is_traced(q, k, v):
         longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
             table().remember(exact_key(spec, q, k, v, tensors), longer, None)
@@ -64,10 +64,19 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     return _slow(spec, q, k, v, tensors)
 
 
+def _well_typed(spec: object, *qkv: object) -> bool:
+    return isinstance(spec, AttentionSpec) and all(isinstance(x, Tensor) for x in qkv)
+
+
+def _autocast(kind: str) -> bool:
+    """Is autocast on for this kind of device? Some, such as meta, have none."""
+    return torch.amp.autocast_mode.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """Check the call, find or make its bucket's callable, run it, and remember the exact signature."""
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _autocast(q.device.type):
         return _under_autocast(spec, q, k, v, tensors)
     sizes = check(spec, q, k, v, tensors)
     traced = is_traced(q, k, v)
@@ -194,7 +203,7 @@ def _cast(x: Tensor, kind: str) -> Tensor:
 def decision(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> tuple[Problem, Decision]:
     """The problem of a call, and what was or would be decided for its bucket. Raises what attention() would."""
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _autocast(q.device.type):
         q, k, v = (_cast(x, q.device.type) for x in (q, k, v))
     sizes = check(spec, q, k, v, tensors)
     if _watch(q, tensors, False):
@@ -215,7 +224,7 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
     The tensors stand for the calls to come: same dtypes, devices, strides, named tensors and need of gradients,
     and sizes of the same bucket (each rounded up to a power of two). Raises what attention() would raise.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _autocast(q.device.type):
         kind = q.device.type
         with torch.autocast(kind, enabled=False):
             inner = prepare(spec, *(_cast(x, kind) for x in (q, k, v)), **tensors)

@@ -105,7 +105,7 @@ def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Map
 
 def growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
     """The exact key with the bucket of Skv for Skv; None where a longer Skv needs a check of its own."""
-    if spec.layout == "thd" or spec.page_size is not None or k.dim() != 4 or v.dim() != 4:
+    if spec.layout == "thd" or spec.page_size is not None or not q.dim() == k.dim() == v.dim() == 4:
         return None
     axis = 1 if spec.layout == "bshd" else 2
     a, b = k.shape, v.shape

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import planted
+import planted_faults as planted
 import pytest
-from planted import Planted, prepare_right
+from planted_faults import Planted, prepare_right
 
 from attnreg import AttentionSpec, Problem, masks
 from attnreg.hardware import detect
