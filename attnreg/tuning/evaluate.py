@@ -99,8 +99,12 @@ class Evaluator:
 
 
 def paired(rounds: Sequence[Round], one: int, other: int) -> list[float]:
-    """log(time of `one` / time of `other`) of the rounds in which both ran undisturbed; of all if none did."""
-    clean = [r for r in rounds if r.quiet[one] and r.quiet[other]] or list(rounds)
+    """log(time of `one` / time of `other`) of the rounds in which both ran undisturbed; of all if few did.
+
+    On a machine that is never quiet, many disturbed pairs say more than two quiet ones.
+    """
+    clean = [r for r in rounds if r.quiet[one] and r.quiet[other]]
+    clean = clean if 2 * len(clean) >= len(rounds) else list(rounds)
     return log_ratios([r.seconds[one] for r in clean], [r.seconds[other] for r in clean])
 
 

@@ -17,6 +17,8 @@ __all__ = ["Finish", "Lap", "race"]
 
 TIE = math.log(1.01)
 """Differences below one per cent are no difference: they do not survive a reboot."""
+LEVEL = math.log(1.02)
+"""Of candidates that tie, those estimated within two per cent of the fastest may be preferred for their memory."""
 NOISY = 0.25
 """The share of disturbed samples from which on the machine counts as noisy."""
 BLOCK = 4
@@ -34,7 +36,7 @@ class Lap:
 class Finish:
     """How the race ended.
 
-    winner: fastest, or of those that cannot be told apart the one with the least memory, then by name. ratios: for
+    winner: fastest, or of those level with it the one with the least memory, then by name. ratios: for
     every other finalist (low, estimate, high) of its time over the winner's; intervals are infinite where too few
     rounds were run. ties: those not shown to be slower. broke: what crashed, hung or raised on the way.
     """
@@ -100,11 +102,14 @@ def race(
 
 def _pairs(laps: Sequence[Lap], one: str, other: str) -> list[float]:
     """Log time ratios of two candidates over every lap that both ran in."""
-    out: list[float] = []
-    for lap in laps:
-        if one in lap.candidates and other in lap.candidates:
-            out += paired(lap.rounds, lap.candidates.index(one), lap.candidates.index(other))
-    return out
+    rounds = [
+        Round((r.seconds[n], r.seconds[m]), (r.quiet[n], r.quiet[m]))
+        for lap in laps
+        if one in lap.candidates and other in lap.candidates
+        for n, m in ((lap.candidates.index(one), lap.candidates.index(other)),)
+        for r in lap.rounds
+    ]
+    return paired(rounds, 0, 1)
 
 
 def _leader(laps: Sequence[Lap], running: Sequence[Candidate]) -> Candidate:
@@ -154,7 +159,9 @@ def _finish(
     level = [
         c for c in state.running if c == lead or not _slower(interval(_pairs(state.laps, c.key, lead.key), confidence))
     ]
-    winner = min(level, key=lambda c: (memory_class(memory.get(c.key, 0)), c.backend, c.key))
+    # What too few rounds could not tell apart is named as a tie, but only what is really level is chosen by memory.
+    near = [c for c in level if c == lead or interval(_pairs(state.laps, c.key, lead.key), confidence)[1] <= LEVEL]
+    winner = min(near, key=lambda c: (memory_class(memory.get(c.key, 0)), c.backend, c.key))
     others = [c for c in finalists if c != winner and c.key not in state.broke]
     ratios = {c.key: interval(_pairs(state.laps, c.key, winner.key), confidence) for c in others}
     every = [quiet for lap in state.laps for r in lap.rounds for quiet in r.quiet]

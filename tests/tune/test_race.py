@@ -62,7 +62,14 @@ def test_too_few_rounds_prove_nothing() -> None:
 def test_disturbed_samples_do_not_count() -> None:
     rounds = [Round((1.0, 2.0), (True, True))] * 3 + [Round((9.0, 2.0), (False, True))]
     assert paired(rounds, 0, 1) == [-math.log(2)] * 3
-    assert len(paired([Round((1.0, 2.0), (False, False))] * 2, 0, 1)) == 2
+    assert len(paired([Round((1.0, 2.0), (False, False))] * 5 + [Round((1.0, 2.0), (True, True))], 0, 1)) == 6
+
+
+def test_too_few_rounds_never_make_a_slow_candidate_the_winner() -> None:
+    """Not told apart is not the same as level: memory decides only between those that look equal."""
+    finish = race(bench({A.key: 1.0, B.key: 5.0}, noise=1.0), [A, B], {A.key: 64 << 20, B.key: 1 << 20}, most_rounds=4)
+    assert finish is not None
+    assert finish.winner == A
 
 
 def test_the_fastest_wins_through_drift_noise_and_disturbance() -> None:

@@ -1,0 +1,233 @@
+"""`attnreg db`: look at tuning records, compare, merge, check, promote, prune and export them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from attnreg import db, store
+from attnreg.cli import app, console
+from attnreg.cli.tune import wide
+from attnreg.errors import RecordError
+from attnreg.hardware import detect
+from attnreg.match import Match
+from attnreg.measure import Candidate
+from attnreg.records import Record
+from attnreg.records_json import to_json
+from attnreg.store_files import Broken
+from attnreg.tuning.report import seconds_text
+
+commands = typer.Typer(no_args_is_help=True, help="Look at tuning records, compare, merge, check and ship them.")
+app.add_typer(commands, name="db")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Plain data for programs.")]
+Where = Annotated[Path | None, typer.Option("--path", help="A database folder or file; all layers unless given.")]
+Text = Annotated[str, typer.Argument(help="Only records whose text holds this.")]
+
+
+@commands.command("ls")
+def ls(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
+    """List records: problem, winner, time, by how much it won, and whether it is fresh here."""
+    rows, broken = _records(path, text)
+    if as_json:
+        for layer, record in rows:
+            typer.echo(json.dumps({"layer": layer, "stale": list(_stale(record)), **to_json(record)}))
+        return
+    table = Table(
+        "layer", "machine", "problem", "winner", "time", "runner-up", "date", "state", box=None, pad_edge=False
+    )
+    for layer, record in rows:
+        rival = record.runner_up
+        won = f"{rival.backend} {rival.ratio[1]:.2f}x" if rival and rival.ratio else ""
+        time = seconds_text(record.seconds) if record.seconds else ""
+        cells = (layer, record.slug, str(record.problem), _choice(record), time, won, record.date[:10], _state(record))
+        table.add_row(*map(escape, cells))
+    wide(table)
+    _say_broken(broken)
+
+
+@commands.command("show")
+def show(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
+    """Show whole records: the sample, the interval, the runner-up, what was refused, what would make them stale."""
+    rows, broken = _records(path, text)
+    for layer, record in rows:
+        if as_json:
+            typer.echo(json.dumps(to_json(record), sort_keys=True))
+            continue
+        rung = "static" if record.origin == "static" else layer
+        match = Match(rung, record.backend, dict(record.config), record, 0.0, _stale(record), layer)  # type: ignore[arg-type]  # layers are rungs
+        console.print(f"[bold]{escape(str(record.problem))}[/bold]", soft_wrap=True, highlight=False)
+        for line in (f"chosen    {_choice(record)}", f"why       {match.describe()}", *match.evidence()):
+            console.print(escape(line), soft_wrap=True, highlight=False)
+        console.print()
+    if not as_json:
+        _say_broken(broken)
+
+
+@commands.command("diff")
+def diff(left: Path, right: Path, as_json: AsJson = False) -> None:
+    """Compare two databases, folders or files; exit status 1 if they differ."""
+    (a, broken_a), (b, broken_b) = db.load(left), db.load(right)
+    found = db.diff(a, b)
+    table = Table("what", "problem", escape(str(left)), escape(str(right)), box=None, pad_edge=False)
+    for d in found:
+        record = d.left or d.right
+        assert record is not None
+        sides = [_side(x) for x in (d.left, d.right)]
+        if as_json:
+            typer.echo(
+                json.dumps({"what": d.kind, "problem": str(record.problem), "left": sides[0], "right": sides[1]})
+            )
+        table.add_row(d.kind, escape(str(record.problem)), *map(escape, sides))
+    if not as_json:
+        wide(table) if found else console.print("no difference")
+        _say_broken([*broken_a, *broken_b])
+    if found:
+        raise typer.Exit(1)
+
+
+@commands.command("merge")
+def merge(
+    sources: list[Path],
+    into: Annotated[Path | None, typer.Option(help="The database folder; the user's own unless given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add the sources' records to a database; conflicting ones keep both samples, and their intervals decide."""
+    _say_merged(db.merge(sources, into if into is not None else _user()), as_json)
+
+
+@commands.command("check")
+def check(path: Annotated[Path | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
+    """Name what is broken, misplaced, doubled or would not be used here; exit status 1 if anything is."""
+    here = store.current()
+    roots = [path] if path is not None else [p for p in (here.user, here.shipped) if p is not None and p.exists()]
+    found = [b for root in roots for b in db.check(root, detect())]
+    if path is None:
+        found += [b for b in here.broken() if b.where.startswith("plugin ")]
+    if as_json:
+        typer.echo(json.dumps([{"where": b.where, "reason": b.reason} for b in found], indent=2))
+    elif not found:
+        console.print(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
+    else:
+        _say_broken(found)
+    if found:
+        raise typer.Exit(1)
+
+
+@commands.command("promote")
+def promote(
+    into: Annotated[Path | None, typer.Option(help="The database to ship; attnreg's own unless given.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="The user's own unless given.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Stale and noisy records too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy this machine's records into another database, if they are measured, fresh, quiet and past the gate."""
+    made, held = db.promote(source or _user(), into or store.shipped_dir(), detect(), force=force)
+    _say_merged(made, as_json, [f"held back {_choice(h.record)} for {h.record.problem}: {h.why}" for h in held])
+
+
+@commands.command("prune")
+def prune(
+    path: Annotated[Path | None, typer.Option("--path", help="The user's own database unless given.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Take them out; else they are only listed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List this machine's stale records and why they are stale; with --apply, take them out."""
+    gone = db.prune(path or _user(), detect(), apply=apply)
+    if as_json:
+        typer.echo(json.dumps([{"why": g.why, **to_json(g.record)} for g in gone]))
+        return
+    for g in gone:
+        what = "removed" if apply else "stale"
+        _say(f"{what}: {_choice(g.record)} for {g.record.problem}: {g.why}")
+    console.print(f"{len(gone)} stale records{'' if apply or not gone else '; --apply takes them out'}")
+
+
+@commands.command("export")
+def export(
+    file: Path,
+    text: Annotated[str, typer.Option("--only", help="Only records whose text holds this.")] = "",
+    path: Where = None,
+) -> None:
+    """Write records to one file of JSON lines, to be merged elsewhere."""
+    rows, broken = _records(path, text)
+    count = db.export([record for _, record in rows], file)
+    console.print(f"{count} records written to {file}")
+    _say_broken(broken)
+
+
+def _records(path: Path | None, text: str) -> tuple[list[tuple[str, Record]], list[Broken]]:
+    if path is not None:
+        records, broken = db.load(path)
+        rows: list[tuple[str, Record]] = [(str(path), record) for record in records]
+    else:
+        here = store.current()
+        rows, broken = [(layer, record) for layer, record in here.records()], here.broken()
+    return [(layer, r) for layer, r in rows if text in f"{r.slug} {r.problem} {_choice(r)}"], broken
+
+
+def _user() -> Path:
+    user = store.current().user
+    if user is None:
+        raise RecordError("there is no user database in this store; name one")
+    return user
+
+
+def _stale(record: Record) -> tuple[str, ...]:
+    here = detect()
+    if record.slug != here.slug:
+        return ()
+    return record.stale(here, db.versions())
+
+
+def _state(record: Record) -> str:
+    if record.slug != detect().slug:
+        return "another machine"
+    stale = _stale(record)
+    marks = [f"stale: {', '.join(stale)}"] if stale else ["fresh"]
+    return "; ".join(marks + (["noisy"] if record.policy.noisy else []) + (["tie"] if record.ties else []))
+
+
+def _choice(record: Record) -> str:
+    return str(Candidate(record.backend, record.config))
+
+
+def _side(record: Record | None) -> str:
+    return "-" if record is None else f"{_choice(record)} {seconds_text(record.seconds or 0.0)}"
+
+
+def _say_merged(made: db.Merged, as_json: bool, more: list[str] | None = None) -> None:
+    if as_json:
+        data = {
+            "added": [to_json(r) for r in made.added],
+            "combined": [{"before": to_json(b), "other": to_json(o), "after": to_json(a)} for b, o, a in made.combined],
+            "same": made.same,
+            "broken": [{"where": b.where, "reason": b.reason} for b in made.broken],
+            "held": more or [],
+        }
+        typer.echo(json.dumps(data))
+        return
+    for record in made.added:
+        _say(f"added    {_choice(record)} for {record.problem}")
+    for before, other, after in made.combined:
+        tie = f", a tie with {', '.join(t.backend for t in after.ties)}" if after.ties else ""
+        _say(f"combined {_choice(before)} and {_choice(other)}: {_choice(after)} for {after.problem}{tie}")
+    for line in more or []:
+        _say(line, "yellow")
+    console.print(f"{len(made.added)} added, {len(made.combined)} combined, {made.same} known already")
+    _say_broken(made.broken)
+
+
+def _say_broken(broken: list[Broken] | tuple[Broken, ...]) -> None:
+    for b in broken:
+        _say(f"set aside {b.where}: {b.reason}", "yellow")
+
+
+def _say(text: str, style: str = "") -> None:
+    """A line as it is: no markup, no folding."""
+    console.print(escape(text), style=style, soft_wrap=True, highlight=False)

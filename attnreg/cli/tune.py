@@ -1,0 +1,263 @@
+"""`attnreg tune`: tune recorded problems, a suite or a model's shapes, with live progress and a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from attnreg import registry, store
+from attnreg.cli import app, console
+from attnreg.errors import AttnregError, TuneError
+from attnreg.hardware import detect
+from attnreg.match import Match
+from attnreg.problem import Problem
+from attnreg.suites import MODELS, SUITES, Case, model_shape, suite
+from attnreg.tuning import Options, TuneReport, known, read_problems, tune_all
+from attnreg.tuning import Progress as Stage
+from attnreg.tuning.report import seconds_text
+from attnreg.tuning.static import tune_static
+
+Result = TuneReport | Match | TuneError
+
+
+@app.command()
+def tune(
+    problems: Annotated[Path | None, typer.Argument(help="A file that attnreg.record() wrote.")] = None,
+    suites: Annotated[list[str] | None, typer.Option("--suite", help=f"{', '.join(SUITES)}, or all.")] = None,
+    shapes: Annotated[list[str] | None, typer.Option("--model-shape", help=", ".join(MODELS))] = None,
+    dtype: Annotated[str, typer.Option(help="Of --model-shape.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Of --model-shape.")] = 1,
+    lengths: Annotated[str | None, typer.Option(help="Of --model-shape, such as 512,2048.")] = None,
+    device: Annotated[str, typer.Option(help="Of suites and model shapes: cpu or cuda.")] = "cpu",
+    only: Annotated[str | None, typer.Option(help="Only problems whose name or text holds this.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Most candidates a problem; unlimited: as many as pay.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Most seconds a problem.")] = None,
+    storage: Annotated[str | None, typer.Option(help="A journal file, or a URL such as postgresql://host/db.")] = None,
+    backends: Annotated[str | None, typer.Option(help="Only these, such as cpu,sdpa.")] = None,
+    cache: Annotated[str, typer.Option(help="Time with warm or cold caches.")] = "warm",
+    time_limit: Annotated[float, typer.Option(help="Seconds that one step of a candidate may take.")] = 120.0,
+    target: Annotated[str | None, typer.Option(help="Tune for hardware that is not here, such as sm_90.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="With --target: from compiled code alone.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Tune problems with a fresh record too.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write records to the user's database.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; measure nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON a problem.")] = False,
+) -> None:
+    """Find the fastest correct backend and configuration for each problem, and keep it.
+
+    An interrupted run goes on where it stopped when the same command is given again: finished problems are passed
+    over, and the one at work resumes its trials.
+    """
+    cases = _cases(problems, suites or [], shapes or [], dtype, batch, lengths, device)
+    cases = [c for c in cases if only is None or only in c.name or only in str(c.problem)]
+    if not cases:
+        raise typer.BadParameter("nothing to tune: give a problem file, --suite or --model-shape")
+    if cache not in ("warm", "cold"):
+        raise typer.BadParameter(f"--cache: expected warm or cold, got {cache!r}")
+    names = tuple(backends.replace(",", " ").split()) if backends else None
+    options = Options(
+        trials=budget,
+        seconds=seconds,
+        storage=storage,
+        backends=names,
+        cache=cast("Literal['warm', 'cold']", cache),
+        keep=keep,
+        time_limit=time_limit,
+    )
+    if target is not None or static:
+        _static(cases, target, static, budget or 64, names, keep, as_json)
+    elif dry_run:
+        _dry_run(cases, options, again, as_json)
+    else:
+        _tune(cases, options, again, as_json)
+
+
+def wide(table: Table) -> None:
+    """Print a table; into a file or a pipe without folding its cells."""
+    (console if console.is_terminal else Console(file=console.file, width=240)).print(table)
+
+
+def _cases(
+    file: Path | None,
+    suites: list[str],
+    shapes: list[str],
+    dtype: str,
+    batch: int,
+    lengths: str | None,
+    device: str,
+) -> list[Case]:
+    out = [Case(f"problem {n}", p) for n, p in enumerate(read_problems(file), 1)] if file is not None else []
+    for name in suites:
+        out += suite(name, device)
+    sizes = tuple(int(part) for part in lengths.split(",")) if lengths else None
+    for name in shapes:
+        out += model_shape(name, dtype=dtype, batch=batch, lengths=sizes, device=device)
+    return out
+
+
+def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> None:
+    """Tune with progress on stderr, so that stdout stays clean for results."""
+    names = {c.problem: c.name for c in cases}
+    results: list[tuple[Case, Result]] = []
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+    with bars:
+        overall = bars.add_task("problems", total=len(cases), note="")
+        live = _Live(bars, bars.add_task("", total=None, note="", visible=False), names)
+        problems = [case.problem for case in cases]
+        for case, (_, result) in zip(cases, tune_all(problems, options, again=again, on_progress=live), strict=True):
+            results.append((case, result))
+            bars.advance(overall)
+            if as_json:
+                typer.echo(json.dumps({"name": case.name, **_data(result)}))
+            elif isinstance(result, TuneReport) and result.resumed:
+                bars.console.print(f"{escape(case.name)}: resumed {result.resumed} trials of an interrupted run")
+    if not as_json:
+        _summary(results)
+    if all(isinstance(result, TuneError) for _, result in results):
+        raise typer.Exit(1)
+
+
+class _Live:
+    """Shows a problem's stage and its best so far."""
+
+    def __init__(self, bars: Progress, task: TaskID, names: dict[Problem, str]) -> None:
+        self.bars, self.task, self.names = bars, task, names
+        self.best = ""
+
+    def __call__(self, problem: Problem, stage: Stage) -> None:
+        if stage.stage == "search" and stage.done <= 1:
+            self.best = ""
+        if stage.best is not None:
+            self.best = f"best {seconds_text(stage.best[1])} {stage.best[0]}"
+        self.bars.update(
+            self.task,
+            description=escape(f"{self.names.get(problem, '')}: {stage.stage}"),
+            completed=stage.done,
+            total=stage.total,
+            note=escape(f"{self.best}  {stage.note}"[:160]),
+            visible=stage.stage != "done",
+        )
+
+
+def _data(result: Result) -> dict[str, Any]:
+    if isinstance(result, TuneReport):
+        return {"status": "tuned" if result.winner is not None else "none usable", **result.to_json()}
+    if isinstance(result, Match):
+        chosen = {"backend": result.backend, "config": result.config}
+        return {
+            "status": "known",
+            "winner": chosen,
+            "date": result.record.date,
+            "problem": result.record.problem.to_json(),
+        }
+    return {"status": "error", "error": str(result)}
+
+
+def _summary(results: list[tuple[Case, Result]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("problem", "winner", "time", "runner-up", "slower by", "refused", "remarks"):
+        table.add_column(column)
+    for case, result in results:
+        table.add_row(escape(case.name), *map(escape, _row(result)))
+    wide(table)
+    for case, result in results:
+        for r in result.refused if isinstance(result, TuneReport) else ():
+            console.print(
+                f"{escape(case.name)}: refused {escape(str(r.candidate))}: {r.kind}: {escape(r.reason)}", style="yellow"
+            )
+
+
+def _row(result: Result) -> tuple[str, str, str, str, str, str]:
+    if isinstance(result, TuneError):
+        return "-", "", "", "", "", str(result)
+    if isinstance(result, Match):
+        seconds = seconds_text(result.record.seconds or 0.0)
+        return result.backend, seconds, "", "", "", f"tuned on {result.record.date[:10]}; --again tunes anew"
+    rival, remarks = result.runner_up, []
+    if result.ties:
+        remarks.append(f"ties with {', '.join(sorted({t.backend for t in result.ties}))}")
+    if result.noisy:
+        remarks.append("NOISY")
+    if result.resumed:
+        remarks.append(f"resumed {result.resumed} trials")
+    slower = f"{rival.ratio[1]:.2f}x ({rival.ratio[0]:.2f} to {rival.ratio[2]:.2f})" if rival and rival.ratio else ""
+    winner = str(result.winner) if result.winner is not None else "none usable"
+    time = seconds_text(result.seconds) if result.seconds is not None else ""
+    return winner, time, rival.backend if rival else "", slower, str(len(result.refused) or ""), "; ".join(remarks)
+
+
+def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) -> None:
+    """What would be searched, from where it would start, and what is known already."""
+    entries = registry.current().entries
+    versions = {name: entry.backend.version for name, entry in entries.items()}
+    table = Table("problem", "backends (points)", "starts from", "known", box=None, pad_edge=False)
+    for case in cases:
+        hardware = detect(case.problem.device)
+        points: dict[str, int] = {}
+        for name, entry in sorted(entries.items()):
+            if options.backends is not None and name not in options.backends:
+                continue
+            try:
+                if not entry.backend.supports(case.problem, hardware):
+                    points[name] = sum(1 for _ in entry.backend.space(case.problem, hardware).points())
+            except Exception as error:  # a plugin may raise anything; the tune itself will name it
+                console.print(f"{name}: {type(error).__name__}: {error}", style="yellow")
+        matches = store.current().find(case.problem, hardware, versions, cache=options.cache)
+        seeds = [f"{m.rung} {m.backend}" + (f" ({m.distance:g} octaves)" if m.distance else "") for m in matches]
+        match = None if again else known(case.problem, options.cache)
+        if as_json:
+            data = {"name": case.name, "problem": case.problem.to_json(), "points": points, "seeds": seeds}
+            typer.echo(json.dumps({**data, "known": match is not None}))
+        spaces = ", ".join(f"{name} ({n})" for name, n in points.items()) or "none"
+        table.add_row(escape(case.name), spaces, ", ".join(seeds[:3]) or "defaults", match.backend if match else "")
+    if not as_json:
+        wide(table)
+
+
+def _static(
+    cases: list[Case],
+    target: str | None,
+    static: bool,
+    limit: int,
+    backends: tuple[str, ...] | None,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    if target is None or not static:
+        raise typer.BadParameter("--target and --static go together: what is not here cannot be measured")
+    table = Table("problem", "static choice", "refused", "why the first", box=None, pad_edge=False)
+    failed = 0
+    for case in cases:
+        try:
+            made = tune_static(case.problem, target, limit=limit, backends=backends, keep=keep)
+        except AttnregError as error:
+            failed += 1
+            typer.echo(json.dumps({"name": case.name, "error": str(error)})) if as_json else table.add_row(
+                escape(case.name), "-", "", escape(str(error))
+            )
+            continue
+        best = str(made.looked[0][0]) if made.looked else "none fits"
+        first = f"{made.refused[0][0]}: {made.refused[0][1]}" if made.refused else ""
+        if as_json:
+            data = {"name": case.name, "target": target, "choice": best, "looked": len(made.looked)}
+            typer.echo(json.dumps({**data, "refused": [[str(c), why] for c, why in made.refused]}))
+        table.add_row(escape(case.name), escape(best), str(len(made.refused)), escape(first[:120]))
+    if not as_json:
+        wide(table)
+        console.print(f"static: compiled for {target}, not measured; a measured record always ranks above")
+    if failed == len(cases):
+        raise typer.Exit(1)

@@ -1,0 +1,168 @@
+"""attnreg.db and `attnreg db`: compare, merge, check, promote, prune, export; nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records_for_tests import problem, record, rival
+from typer.testing import CliRunner
+
+from attnreg import db, registry, store
+from attnreg.cli import app, commands
+from attnreg.hardware import detect
+from attnreg.records import Policy, Record, hardware_facts
+from attnreg.records_json import line
+from attnreg.store import Store
+from attnreg.store_files import file_of
+
+assert commands
+HERE = detect()
+
+
+def mine(**changes: Any) -> Record:
+    """A record of the machine that the test runs on, by a backend and version that are loaded."""
+    version = registry.current().get("eager").backend.version
+    base = record(
+        backend="eager",
+        version=version,
+        config={},
+        hardware=hardware_facts(HERE),
+        problem=problem(batch=1),
+        runner_up=None,
+    )
+    return replace(base, **changes)
+
+
+def write(root: Path, *records: Record) -> Path:
+    for one in records:
+        Store(root, None).add(one)
+    return root
+
+
+def in_folder(root: Path) -> list[Record]:
+    return db.load(root)[0]
+
+
+def test_load_reads_files_folders_and_databases(tmp_path: Path) -> None:
+    root = write(tmp_path / "db", record(), mine())
+    assert len(in_folder(root)) == 2
+    assert len(in_folder(root / record().slug)) == 1
+    assert len(in_folder(file_of(root, record()))) == 1
+    with pytest.raises(db.RecordError, match="no such file"):
+        db.load(tmp_path / "missing")
+
+
+def test_diff_says_what_differs() -> None:
+    other = record(backend="sdpa", version="2.13", config={})
+    later = record(date="2026-12-01T00:00:00Z")
+    far = record(problem=problem(sq=64, skv=64))
+    assert db.diff([record()], [record()]) == []
+    assert [d.kind for d in db.diff([record()], [other])] == ["choice"]
+    assert [d.kind for d in db.diff([record()], [later])] == ["evidence"]
+    assert sorted(d.kind for d in db.diff([record()], [far])) == ["only left", "only right"]
+
+
+def test_merge_adds_combines_and_loses_nothing(tmp_path: Path) -> None:
+    one = record(runner_up=rival("sdpa", (1.0, 1.02, 1.04)))
+    loser = replace(rival("cpu", (1.2, 1.25, 1.3)), config=one.config)
+    two = record(backend="sdpa", version="2.13", config={}, date="2026-11-25T00:00:00Z", runner_up=loser)
+    far = record(problem=problem(sq=64, skv=64))
+    a, b = write(tmp_path / "a", one), write(tmp_path / "b", two, far)
+    made = db.merge([b], a)
+    assert len(made.added) == 1
+    [(before, other, after)] = made.combined
+    assert (before.backend, other.backend, after.backend) == ("cpu", "sdpa", "sdpa")
+    assert [e["backend"] for e in after.evidence] == ["cpu"]
+    again = db.merge([b, a], a)
+    assert (again.added, again.combined, again.same) == ((), (), 4)
+    into_b = db.merge([tmp_path / "a"], b)
+    assert [line(r) for r in in_folder(a)] == [line(r) for r in in_folder(b)]
+    assert into_b.broken == ()
+
+
+def test_merge_of_branches_with_two_lines_of_one_identity(tmp_path: Path) -> None:
+    root = write(tmp_path / "db", record())
+    path = file_of(root, record())
+    twin = record(date="2026-12-01T00:00:00Z")
+    path.write_text(path.read_text().replace("\n]", ",\n" + line(twin) + "\n]"))
+    assert any("same identity" in b.reason for b in db.check(root))
+    db.merge([write(tmp_path / "other", record(problem=problem(sq=64, skv=64)))], root)
+    kept = next(r for r in in_folder(root) if r.problem == problem())
+    assert {kept.date, *(e["date"] for e in kept.evidence)} == {record().date, twin.date}
+
+
+def test_check_names_what_is_wrong(tmp_path: Path) -> None:
+    root = write(tmp_path / "db", mine())
+    assert db.check(root, HERE) == []
+    bad = [
+        mine(problem=problem(batch=2), version="0"),
+        mine(problem=problem(batch=4), config={"no": 1}),
+        mine(problem=problem(batch=8), backend="gone"),
+    ]
+    write(root, *bad)
+    path = file_of(root, mine())
+    path.write_text(path.read_text() + "garbage\n")
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "x.json").write_text(line(record()) + "\n")
+    text = "\n".join(f"{b.where} {b.reason}" for b in db.check(root, HERE))
+    for said in ("not JSON", "version of eager", "configuration: ", "backend gone is not loaded", "wrong folder"):
+        assert said in text
+
+
+def test_promote_ships_only_what_is_fit_and_names_the_rest(tmp_path: Path) -> None:
+    sizes = iter(range(2, 100))
+    noisy = mine(problem=problem(batch=next(sizes)), policy=Policy(threads=2, noisy=True))
+    stale = mine(problem=problem(batch=next(sizes)), version="0")
+    ungated = mine(problem=problem(batch=next(sizes)), gate=None)
+    source = write(tmp_path / "user", mine(), noisy, stale, ungated, record())
+    made, held = db.promote(source, tmp_path / "ship", HERE)
+    assert [r.problem for r in in_folder(tmp_path / "ship")] == [mine().problem] == [r.problem for r in made.added]
+    why = {h.record.problem.batch if h.record.slug == HERE.slug else 0: h.why for h in held}
+    assert "disturbed" in why[noisy.problem.batch]
+    assert "stale" in why[stale.problem.batch]
+    assert "no gate" in why[ungated.problem.batch]
+    assert len(held) == 4 - (record().slug == HERE.slug)
+
+
+def test_prune_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
+    root = write(tmp_path / "db", mine(), mine(problem=problem(batch=3), version="0"))
+    listed = db.prune(root, HERE)
+    assert [r.why for r in listed] == [f"version of eager (0 then, {mine().version} now)"]
+    assert len(in_folder(root)) == 2
+    db.prune(root, HERE, apply=True)
+    assert [r.problem for r in in_folder(root)] == [mine().problem]
+
+
+def test_the_command_line_end_to_end(tmp_path: Path) -> None:
+    run = CliRunner()
+    here = Store(tmp_path / "user", tmp_path / "ship")
+    (tmp_path / "ship").mkdir()
+    with store.using(here):
+        assert "nothing wrong" in run.invoke(app, ["db", "check", str(write(tmp_path / "user", mine()))]).output
+        assert "eager" in run.invoke(app, ["db", "ls"]).output
+        rows = run.invoke(app, ["db", "ls", "--json"]).output.splitlines()
+        assert json.loads(rows[0])["backend"] == "eager"
+        shown = run.invoke(app, ["db", "show", "eager"]).output
+        for said in ("median", "bound", "holds for", HERE.slug):
+            assert said in shown
+        assert "1 records written" in run.invoke(app, ["db", "export", str(tmp_path / "x.jsonl")]).output
+        assert (
+            "1 added"
+            in run.invoke(app, ["db", "merge", str(tmp_path / "x.jsonl"), "--into", str(tmp_path / "y")]).output
+        )
+        same = run.invoke(app, ["db", "diff", str(tmp_path / "user"), str(tmp_path / "y")])
+        assert (same.exit_code, same.output.strip()) == (0, "no difference")
+        assert "1 added" in run.invoke(app, ["db", "promote"]).output
+        assert "0 stale" in run.invoke(app, ["db", "prune"]).output
+        write(tmp_path / "y", record(problem=problem(sq=64, skv=64)))
+        assert run.invoke(app, ["db", "diff", str(tmp_path / "user"), str(tmp_path / "y")]).exit_code == 1
+        path = file_of(tmp_path / "user", mine())
+        path.write_text("junk\n" + path.read_text())
+        broken = run.invoke(app, ["db", "check", "--json"])
+        assert broken.exit_code == 1
+        assert json.loads(broken.output)[0]["where"] == f"{path}:1"
+        assert "set aside" in run.invoke(app, ["db", "ls"]).output
