@@ -19,9 +19,9 @@ FLAGS = (
 )
 
 
-def build_driver(compiler: str, target: Path, *flags: str) -> Path:
-    """Compile the driver; a compiler that refuses fails the test with its words."""
-    command = [compiler, *FLAGS, *flags, str(DRIVER), "-o", str(target)]
+def build_driver(compiler: str, target: Path, *flags: str, source: Path = DRIVER) -> Path:
+    """Compile a driver; a compiler that refuses fails the test with its words."""
+    command = [compiler, *FLAGS, *flags, str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stderr
     return target
