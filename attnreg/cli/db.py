@@ -127,7 +127,7 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Copy this machine's records into another database, if they are measured, fresh, quiet and past the gate."""
-    made, held = db.promote(source or _user(), into or store.shipped_dir(), detect(), force=force)
+    made, held = db.promote(source or _user(), into or _shipped(), detect(), force=force)
     _say_merged(made, as_json, [f"held back {_choice(h.record)} for {h.record.problem}: {h.why}" for h in held])
 
 
@@ -176,6 +176,13 @@ def _user() -> Path:
     if user is None:
         raise RecordError("there is no user database in this store; name one")
     return user
+
+
+def _shipped() -> Path:
+    shipped = store.current().shipped
+    if shipped is None:
+        raise RecordError("there is no shipped database in this store; name one with --into")
+    return shipped
 
 
 def _stale(record: Record) -> tuple[str, ...]:

@@ -98,6 +98,12 @@ def raising(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no luck today")
 
 
+def chatty(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    print('{"done": null}', flush=True)
+    os.write(1, b'{"refused": "not me"}\n')
+    return right(q, k, v)
+
+
 def slow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     for _ in range(3):
         out = right(q, k, v)
@@ -139,6 +145,7 @@ PLANTED = {
     "planted_unwritten": unwritten,
     "planted_raising": raising,
     "planted_unsure": right,
+    "planted_chatty": chatty,
     "planted_right_but_slow": slow,
 }
 

@@ -1,0 +1,117 @@
+"""The worker: answers, survives, is ended with its tuner; and the clock, memory and leak watch behind it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnreg import AttentionSpec, masks, registry
+from attnreg.hardware import detect
+from attnreg.measure import Candidate, Died, LocalBench, Plan, Refusal, Worker
+from attnreg.measure.memory import peak_over, resident
+from attnreg.measure.timing import Clock
+from attnreg.suites import attention_problem
+
+PROBLEM = attention_problem(AttentionSpec(mask=masks.Causal()), (2, 2), 64, 64, 16)
+EAGER = Candidate("eager")
+
+
+def test_one_worker_answers_and_ends_with_its_block() -> None:
+    with Worker(Plan(PROBLEM, leak_seconds=0.1)) as worker:
+        assert worker.about().versions["eager"] == registry.current().get("eager").backend.version
+        assert worker.gate(EAGER, "quick").ok
+        assert worker.open(EAGER).seconds > 0
+        rounds = worker.rounds([EAGER, Candidate("sdpa", {"kernel": "auto"})], 3)
+        assert len(rounds) == 3
+        assert all(len(r.seconds) == len(r.quiet) == 2 and min(r.seconds) > 0 for r in rounds)
+        assert not worker.gate(Candidate("eager", {"no": 1}), "quick").ok
+        assert not worker.gate(Candidate("nobody"), "quick").ok
+        with pytest.raises(Refusal, match="no backend is named 'nobody'"):
+            worker.open(Candidate("nobody"))
+        process = worker._process
+        assert process is not None
+        assert worker.restarts == 0
+    assert process.poll() is not None
+
+
+def test_a_worker_that_died_is_started_again(planted: registry.Registry) -> None:
+    plan = Plan(PROBLEM, time_limit=60.0, leak_seconds=0.1)
+    with Worker(plan) as worker:
+        for name, kind in (("planted_crash", "crash"), ("planted_leave", "crash")):
+            with pytest.raises(Died) as died:
+                worker.open(Candidate(name))
+            assert (died.value.kind, died.value.candidate) == (kind, Candidate(name))
+        assert worker.open(EAGER).seconds > 0
+        assert worker.restarts == 2
+        with pytest.raises(Died) as died:  # in a round, the one that ran is named, not the first
+            worker.rounds([EAGER, Candidate("planted_crash")], 1)
+        assert died.value.candidate == Candidate("planted_crash")
+
+
+def test_what_candidates_print_does_not_reach_the_pipe(planted: registry.Registry) -> None:
+    with Worker(Plan(PROBLEM, leak_seconds=0.1)) as worker:
+        assert worker.gate(Candidate("planted_chatty"), "quick").ok
+        assert worker.open(Candidate("planted_chatty")).seconds > 0
+
+
+def test_the_leak_watch_tells_a_leak_from_a_cache(planted: registry.Registry) -> None:
+    with LocalBench(Plan(PROBLEM)) as bench:
+        assert bench.open(Candidate("planted_leak")).leak >= 2 * 64 * 16 * 4
+        assert bench.open(EAGER).leak == 0
+
+
+def test_peak_memory_is_what_a_call_takes_for_a_while() -> None:
+    def call() -> None:
+        torch.ones(16 << 20).sum()
+
+    assert 60 << 20 < peak_over(call, "cpu") < 90 << 20
+    assert peak_over(lambda: None, "cpu") < 4 << 20
+    assert resident() > 10 << 20
+    assert resident(pid=999_999_999) == 0
+
+
+def test_the_clock_repeats_short_calls_and_flushes_when_cold() -> None:
+    hardware = detect()
+    calls: list[float] = []
+
+    def call() -> None:
+        calls.append(time.perf_counter())
+
+    Clock(hardware, "warm", 1e-3).sample(call, 1e-5)
+    assert len(calls) == 101  # one to warm up
+    calls.clear()
+    Clock(hardware, "cold", 1e-3).sample(call, 4e-4)
+    assert len(calls) == 3
+    assert min(b - a for a, b in itertools.pairwise(calls)) > 1e-5  # the flush lies between
+
+
+def test_the_tuner_is_not_imported_by_the_package() -> None:
+    import subprocess
+    import sys
+
+    code = "import attnreg, sys; sys.exit('optuna' in sys.modules or 'attnreg.tuning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_the_tuner_imports_optuna() -> None:
+    import attnreg
+
+    root = Path(attnreg.__file__).parent
+    found = {p.relative_to(root).parts[0] for p in root.rglob("*.py") if "import optuna" in p.read_text()}
+    assert found == {"tuning"}
+
+
+def test_no_pickle_no_eval_in_the_database_and_the_worker() -> None:
+    import attnreg
+
+    root = Path(attnreg.__file__).parent
+    paths = [*root.glob("records*.py"), *root.glob("store*.py"), root / "evidence.py", root / "db.py"]
+    paths += [*root.joinpath("measure").glob("*.py"), *root.joinpath("tuning").glob("*.py")]
+    for path in paths:
+        text = path.read_text()
+        for word in ("pickle", "eval(", "exec(", "import_module", "__import__", "shell=True", "os.system"):
+            assert word not in text, (path, word)
