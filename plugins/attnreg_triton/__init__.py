@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from attnreg import Backend, hookimpl
+from collections.abc import Iterable
+
+from attnreg import Backend, Finding, Hardware, hookimpl
+
+__all__ = ["attnreg_backends", "attnreg_doctor"]
 
 
 @hookimpl
@@ -11,3 +15,11 @@ def attnreg_backends() -> list[Backend]:
     from .flash import TritonDecode, TritonFlash
 
     return [TritonFlash(), TritonDecode()]
+
+
+@hookimpl
+def attnreg_doctor(hardware: Hardware) -> Iterable[Finding]:
+    """The Triton package and its device."""
+    from .doctor import findings
+
+    return findings(hardware)

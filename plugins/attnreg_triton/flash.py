@@ -75,14 +75,14 @@ def make_run(problem: Problem, plan: Plan) -> Run:
 
     spec, text, band = problem.spec, plan.encode(), masks.as_band(problem.spec.mask)
     assert band is not None, "supports() refuses a mask that is no band"
-    differentiable, with_lse = problem.needs_grad, spec.return_lse
+    boundary, with_lse = problem.needs_grad or problem.traced, spec.return_lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         named = call_tensors(spec, band, q, tensors)
         ordered = [q, k, v, *(named.get(name) for name in operators.FIELDS[3:])]
         # Outside autograd and tracing the operator boundary buys nothing: call the kernels directly.
-        if differentiable or torch.compiler.is_compiling() or type(q) is not Tensor:
-            out, lse = torch.ops.attnreg_triton.flash_forward(*ordered, text)
+        if boundary or torch.compiler.is_compiling() or type(q) is not Tensor:
+            out, lse = operators.attend(*ordered, text)
         else:
             out, lse = operators.forward(plan, operators.make_inputs(*ordered))
         return (out, lse) if with_lse else out

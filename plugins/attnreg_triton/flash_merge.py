@@ -28,17 +28,18 @@ def merge_kernel(
     """One output row [DV] a program; `partial` is [splits, rows, DV] and `partial_lse` [splits, rows], float32."""
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK_SPLITS)
-    parts = tl.load(partial_lse + index * rows + row, mask=index < splits, other=float("-inf")) * LOG2E
+    parts = tl.load(partial_lse + index.to(tl.int64) * rows + row, mask=index < splits, other=float("-inf")) * LOG2E
     maximum = tl.max(parts, 0)
     safe = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(tl.exp2(parts - safe), 0)
     divisor = tl.where(total == 0.0, 1.0, total)
     columns = tl.arange(0, BLOCK_DV)
     accumulator = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(splits):
-        at = row.to(tl.int64) + split * rows
+    at = row.to(tl.int64)
+    for _ in range(splits):
         weight = tl.exp2(tl.load(partial_lse + at) * LOG2E - safe) / divisor
         accumulator += weight * tl.load(partial + at * DV + columns, mask=columns < DV, other=0.0)
+        at += rows
     query = row % q_len
     head = row // q_len % heads
     batch = (row // q_len // heads).to(tl.int64)

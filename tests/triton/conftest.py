@@ -1,4 +1,4 @@
-"""Kernels on CPU tensors: Triton must be imported with TRITON_INTERPRET=1, so these tests want a process of their own."""
+"""Kernels on CPU tensors: TRITON_INTERPRET=1 must stand before Triton is imported, so these tests run alone."""
 
 import os
 import sys

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from attnreg import Backend
 from attnreg.hardware import detect
-from attnreg.testing import Case, cases
+from attnreg.testing import Case
 
 ROTATED = ("empty", "huge", "low")
+LENGTHS = ("length_1_", "length_63", "decode_127")
+VALUES = ("edges", "strided", "expanded", "large")
 
 
 def without_gradients(case: Case) -> Case:
@@ -17,35 +19,28 @@ def without_gradients(case: Case) -> Case:
     return replace(case, problem=replace(case.problem, grads=frozenset()))
 
 
-def taken(backend: Backend, chosen: Iterable[Case]) -> list[Case]:
+def taken(backend: Backend, chosen: Iterable[Case]) -> tuple[Case, ...]:
     """The cases that the backend takes."""
     hardware = detect("cpu")
-    return [case for case in chosen if not backend.supports(case.problem, hardware)]
+    return tuple(case for case in chosen if not backend.supports(case.problem, hardware))
 
 
-def quick(chosen: Iterable[Case]) -> list[Case]:
-    """Each feature in bfloat16, and with one flavour that breaks weak kernels; one case of each other kind of length."""
+def quick(chosen: Iterable[Case]) -> tuple[Case, ...]:
+    """Each feature in bfloat16 and with one flavour that breaks weak kernels, and a few odd lengths and strides."""
     out, features = [], []
     for case in chosen:
         feature, what, dtype = case.name.split("/")
         if feature not in features:
             features.append(feature)
         rotated = what.startswith(ROTATED[len(features) % len(ROTATED)]) and dtype == "float32"
-        if (
-            rotated
-            or (what.startswith("normal") and dtype == "bfloat16")
-            or (feature in ("causal", "thd_causal") and what.startswith(("length_1_", "length_63", "decode_127")))
-            or (feature in ("everything", "bias_full") and what.startswith(("edges", "strided", "expanded", "large")))
-        ):
+        plain = what.startswith("normal") and dtype == "bfloat16"
+        length = feature in ("causal", "thd_causal") and what.startswith(LENGTHS)
+        values = feature in ("everything", "bias_full") and what.startswith(VALUES)
+        if rotated or plain or length or values:
             out.append(case)
-    return out
+    return tuple(out)
 
 
 def inference(case: Case) -> bool:
     """Paged caches and few queries: what decoding is about."""
     return case.spec.page_size is not None or case.problem.sq <= 8
-
-
-def table() -> tuple[Case, ...]:
-    """The whole public table."""
-    return cases()

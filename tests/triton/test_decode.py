@@ -21,7 +21,7 @@ TAKEN = taken(DECODE, [without_gradients(case) for case in cases() if inference(
 
 class TestTritonDecode(BackendConformance):
     backend = DECODE
-    cases = [case for case in quick(TAKEN) if case.problem.sq <= 8]
+    cases = tuple(case for case in quick(TAKEN) if case.problem.sq <= 8)
     configurations = 2
 
 

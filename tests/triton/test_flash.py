@@ -54,7 +54,7 @@ class TestTritonFlashPaged(BackendConformance):
 @pytest.mark.slow
 class TestTritonFlashWhole(BackendConformance):
     backend = FLASH
-    cases = [*TAKEN, *taken(FLASH, PAGED)]
+    cases = (*TAKEN, *taken(FLASH, PAGED))
 
 
 @pytest.mark.slow
@@ -163,6 +163,20 @@ def test_compile_sees_through() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+def test_torch_func_transforms() -> None:
+    """torch.func.grad and vmap give what autograd and a loop give."""
+    asked = problem(AttentionSpec(mask=masks.Causal()), sq=9, skv=9, traced=True)
+    run = prepared(asked)
+    q, k, v = torch.randn(3, 1, 2, 9, 16), torch.randn(3, 1, 1, 9, 16), torch.randn(3, 1, 1, 9, 16)
+    leaf = q[0].clone().requires_grad_()
+    plain = torch.autograd.grad(run(leaf, k[0], v[0]).sin().sum(), leaf)[0]
+    found = torch.func.grad(lambda x: run(x, k[0], v[0]).sin().sum())(q[0])
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    mapped = torch.vmap(run)(q, k, v)
+    looped = torch.stack([run(*one) for one in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(mapped, looped, rtol=0, atol=1e-6)
+
+
 def test_one_feature_twice_gives_one_gradient() -> None:
     """Asking for dk alone, or dq alone, gives what asking for all gives: unwanted kernels are skipped, not needed."""
     spec = AttentionSpec(mask=masks.Causal())
@@ -178,7 +192,7 @@ def test_one_feature_twice_gives_one_gradient() -> None:
 def test_cases_are_enough() -> None:
     """The quick table is no empty promise: it holds every feature that the backend takes."""
 
-    def features(chosen: list[Case]) -> set[str]:
+    def features(chosen: tuple[Case, ...]) -> set[str]:
         return {case.name.split("/")[0] for case in chosen}
 
     missing = features(TAKEN) - features(quick(TAKEN))
