@@ -1,0 +1,314 @@
+"""Replay: record a whole space once, then run the tuner on the recording, to see how much of it the tuner needs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from rich.console import Console
+from rich.table import Table
+
+from attnreg import registry
+from attnreg.errors import RecordError
+from attnreg.hardware import detect
+from attnreg.measure import About, Candidate, Opened, Plan, Refusal, Round, Verdict, Worker
+from attnreg.problem import Problem
+from attnreg.records import software
+from attnreg.space import Config, SearchSpace
+from attnreg.tuning.evaluate import Evaluator
+from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.race import race
+from attnreg.tuning.search import Search, make_sampler
+
+__all__ = [
+    "Recording",
+    "ReplayBench",
+    "Row",
+    "compare",
+    "record_space",
+    "recordings",
+    "replay",
+    "replay_random",
+    "show",
+]
+
+FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Times of every point of a problem's joint space, measured in interleaved rounds.
+
+    points: each candidate with one time a round, in seconds; empty where it failed the gate or broke. defaults and
+    seeds: what the backends offered to start from. about: hardware slug, software, date and threads.
+    """
+
+    name: str
+    problem: Problem
+    spaces: dict[str, dict[str, list[Any]]]
+    points: tuple[tuple[Candidate, tuple[float, ...]], ...]
+    starts: tuple[Candidate, ...]
+    about: dict[str, Any]
+
+    def space(self) -> JointSpace:
+        """The recorded space; what was not a valid point then is none now."""
+        valid = {c.key for c, _ in self.points}
+        return JointSpace({name: _recorded(name, choices, valid) for name, choices in self.spaces.items()})
+
+    def truth(self) -> dict[str, float]:
+        """Time of each usable candidate by key, relative to its rounds' middle: what drifted over rounds cancels."""
+        usable = [(c.key, times) for c, times in self.points if times]
+        count = min(len(times) for _, times in usable)
+        middles = [statistics.median(times[n] for _, times in usable) for n in range(count)]
+        scale = statistics.median(middles)
+        return {key: scale * statistics.median(times[n] / middles[n] for n in range(count)) for key, times in usable}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        rows = [[c.backend, dict(c.config), [float(f"{t:.4g}") for t in times]] for c, times in self.points]
+        return {
+            "name": self.name,
+            "problem": self.problem.to_json(),
+            "spaces": self.spaces,
+            "points": rows,
+            "starts": [[c.backend, dict(c.config)] for c in self.starts],
+            "about": self.about,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recording:
+        """The recording that `to_json` described. Raises RecordError if it is none."""
+        try:
+            points = tuple((Candidate(b, config), tuple(map(float, times))) for b, config, times in data["points"])
+            starts = tuple(Candidate(b, config) for b, config in data["starts"])
+            problem = Problem.from_json(data["problem"])
+            return Recording(data["name"], problem, data["spaces"], points, starts, data["about"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"recording: {error!r}") from error
+
+
+def record_space(
+    name: str,
+    problem: Problem,
+    backends: Sequence[str],
+    *,
+    rounds: int = 9,
+    time_limit: float = 120.0,
+    on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
+) -> Recording:
+    """Gate and time every point of the joint space of these backends."""
+    hardware = detect(problem.device)
+    entries = registry.current().entries
+    spaces = {b: entries[b].backend.space(problem, hardware) for b in backends}
+    joint = JointSpace(spaces)
+    every = list(joint.points())
+    usable: list[Candidate] = []
+    times: dict[str, list[float]] = {c.key: [] for c in every}
+    with Worker(Plan(problem, time_limit=time_limit, leak_seconds=0.0)) as worker:
+        for n, candidate in enumerate(every):
+            on_progress("gate", n, len(every))
+            try:
+                if worker.gate(candidate, "quick").ok:
+                    worker.open(candidate)
+                    usable.append(candidate)
+            except Refusal:
+                continue
+        for n in range(rounds):
+            on_progress("time", n, rounds)
+            [one] = worker.rounds(usable, 1)
+            for candidate, seconds in zip(usable, one.seconds, strict=True):
+                times[candidate.key].append(seconds)
+        about = {
+            "hardware": hardware.slug,
+            "software": {**software(), "backends": {b: worker.about().versions[b] for b in backends}},
+            "threads": worker.plan.threads,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+    starts = [Candidate(b, s.default) for b, s in sorted(spaces.items())]
+    starts += [Candidate(b, seed) for b, s in sorted(spaces.items()) for seed in s.seeds]
+    points = tuple((c, tuple(times[c.key])) for c in every)
+    return Recording(name, problem, joint.signature(), points, tuple(starts), about)
+
+
+def recordings(folder: Path | None = None) -> list[Recording]:
+    """The recordings in a folder; those that come with attnreg unless one is given."""
+    root = folder if folder is not None else Path(str(files("attnreg.tuning"))) / "replays"
+    return [Recording.from_json(json.loads(path.read_text())) for path in sorted(root.glob("*.json"))]
+
+
+class ReplayBench:
+    """A bench that answers from a recording: a round of the bench is a recorded round, drawn at random."""
+
+    def __init__(self, recording: Recording, seed: int) -> None:
+        self.times = {c.key: times for c, times in recording.points}
+        self.random = random.Random(seed)
+        self.evaluated: set[str] = set()
+
+    def __enter__(self) -> ReplayBench:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def about(self) -> About:
+        return About({}, "replay")
+
+    def gate(self, candidate: Candidate, budget: Literal["quick", "full"]) -> Verdict:
+        self.evaluated.add(candidate.key)
+        ok = bool(self.times[candidate.key])
+        return Verdict(ok, "" if ok else "failed when it was recorded")
+
+    def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
+        seconds = self.random.choice(self.times[candidate.key])
+        return Opened(seconds, seconds, 0, 0)
+
+    def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
+        out = []
+        for _ in range(count):
+            n = self.random.randrange(min(len(self.times[c.key]) for c in candidates))
+            out.append(Round(tuple(self.times[c.key][n] for c in candidates), (True,) * len(candidates)))
+        return out
+
+    def close(self, candidate: Candidate) -> None: ...
+
+
+def replay(recording: Recording, seed: int, share: float = 0.25) -> tuple[int, float]:
+    """One tune of a recording: (candidates looked at, time of the pick over the time of the best, minus one).
+
+    The search is told to look at no more than `share` of the space and not to enumerate it.
+    """
+    space = recording.space()
+    bench = ReplayBench(recording, seed)
+    study = optuna.create_study(sampler=make_sampler(seed))
+    starts = [(c, "seed") for c in recording.starts]
+    limit = max(1, int(share * len(recording.points)))
+    search = Search(study, space, starts, limit=limit, enumerate_up_to=0, seed=seed)
+    evaluator = Evaluator(bench)
+    found: list[tuple[float, Candidate]] = []
+    while (proposal := search.ask()) is not None:
+        outcome = evaluator.evaluate(proposal.candidate)
+        search.tell(proposal, outcome.seconds)
+        if outcome.seconds is not None:
+            found.append((outcome.seconds, proposal.candidate))
+    return len(bench.evaluated), _gap(recording, bench, found)
+
+
+def replay_random(recording: Recording, seed: int, evaluations: int) -> float:
+    """Random search with as many evaluations, timed and raced the same way; the gap of its pick."""
+    bench = ReplayBench(recording, seed)
+    evaluator = Evaluator(bench)
+    points = [c for c, _ in recording.points]
+    found = []
+    for candidate in random.Random(seed).sample(points, min(evaluations, len(points))):
+        seconds = evaluator.evaluate(candidate).seconds
+        if seconds is not None:
+            found.append((seconds, candidate))
+    return _gap(recording, bench, found)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `attnreg bench tuner`, over its seeds: medians, and the gap's 90th percentile."""
+
+    name: str
+    points: int
+    evaluations: float
+    share: float
+    gap: float
+    gap_90: float
+    random_gap: float
+    random_gap_90: float
+    seeds: int
+
+    @property
+    def ok(self) -> bool:
+        """Within one per cent of the best at the median, with at most a quarter of the evaluations."""
+        return self.gap <= 0.01 and self.share <= 0.25
+
+
+def compare(which: Iterable[Recording] | None = None, seeds: int = 20, share: float = 0.25) -> list[Row]:
+    """The tuner and random search on each recording."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return [_row(recording, seeds, share) for recording in (recordings() if which is None else which)]
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _row(recording: Recording, seeds: int, share: float) -> Row:
+    runs = [replay(recording, seed, share) for seed in range(seeds)]
+    chance = sorted(replay_random(recording, seed, evaluations) for seed, (evaluations, _) in enumerate(runs))
+    gaps = sorted(gap for _, gap in runs)
+    count = statistics.median(evaluations for evaluations, _ in runs)
+    total = len(recording.points)
+    return Row(
+        name=recording.name,
+        points=total,
+        evaluations=count,
+        share=count / total,
+        gap=statistics.median(gaps),
+        gap_90=gaps[min(math.ceil(0.9 * seeds), seeds) - 1],
+        random_gap=statistics.median(chance),
+        random_gap_90=chance[min(math.ceil(0.9 * seeds), seeds) - 1],
+        seeds=seeds,
+    )
+
+
+def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Candidate]]) -> float:
+    """Race the best few, and compare the winner with the best of the whole space."""
+    if not found:
+        return math.inf
+    found.sort(key=lambda pair: pair[0])
+    finalists = [c for seconds, c in found if seconds <= 1.1 * found[0][0]][:FINALISTS]
+    finish = race(bench, finalists, {})
+    truth = recording.truth()
+    assert finish is not None, "a recording does not break"
+    return truth[finish.winner.key] / min(truth.values()) - 1
+
+
+def _recorded(name: str, choices: dict[str, list[Any]], valid: set[str]) -> SearchSpace:
+    def recorded(config: Config) -> bool:
+        return Candidate(name, config).key in valid
+
+    made = SearchSpace({choice: tuple(values) for choice, values in choices.items()})
+    default = next(point for point in made.points() if recorded(point))
+    return replace(made, default=default, constraints=[("a recorded point", recorded)])
+
+
+def show(console: Console, seeds: int = 20) -> list[Row]:
+    """Print the comparison as a table, the search beside random search; returns its rows."""
+    table = Table(title=f"tuner on recorded spaces, {seeds} seeds", box=None, pad_edge=False)
+    heads = (
+        "space",
+        "recorded on",
+        "points",
+        "looked at",
+        "share",
+        "pick over best",
+        "90%",
+        "random search",
+        "90%",
+        "",
+    )
+    for column in heads:
+        table.add_column(column, no_wrap=True)
+    rows = []
+    for recording in recordings():
+        [row] = compare([recording], seeds)
+        rows.append(row)
+        gaps = (row.gap, row.gap_90, row.random_gap, row.random_gap_90)
+        slug, verdict = recording.about["hardware"], "ok" if row.ok else "MISSED"
+        counts = (str(row.points), f"{row.evaluations:g}", f"{row.share:.0%}")
+        table.add_row(row.name, slug, *counts, *(f"+{gap:.2%}" for gap in gaps), verdict)
+    console.print(table)
+    console.print("goal: within 1% of the best of the whole space at the median, with at most 25% of its points")
+    return rows
