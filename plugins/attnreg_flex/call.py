@@ -58,8 +58,10 @@ class Call:
         batch, heads, sq, _ = q.shape
         skv = k.shape[2]
         if not (batch and sq and skv):
-            zero = q.new_zeros(batch, heads, sq, v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
-            return zero, q.new_full((batch, heads, sq), -torch.inf) if self.wants_lse else None
+            # Still functions of all three, so that their gradients are 0 and not missing.
+            held = 0 * (q.sum() + k.sum() + v.sum())
+            lse = (held - torch.inf).expand(batch, heads, sq) if self.wants_lse else None
+            return held.expand(batch, heads, sq, v.shape[3]), lse
         q, k, v = q.to(self.compute), k.to(self.compute), v.to(self.compute)
         if isinstance(self.spec.score, scores.General):
             weight = tensors["score_weight"]

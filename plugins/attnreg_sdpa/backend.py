@@ -48,9 +48,7 @@ class Sdpa:
         if problem.traced and isinstance(spec.sparsity, sparsity.BigBird) and spec.sparsity.random_blocks:
             out.append("sparsity BigBird under a trace: its random blocks are drawn on the host")
         if spec.deterministic and problem.needs_grad and not on_cpu:
-            out.append(
-                "deterministic: the backward of torch's GPU kernels adds atomically and does not repeat"
-            )
+            out.append("deterministic: the backward of torch's GPU kernels adds atomically and does not repeat")
         if spec.dtype.rotate and spec.dtype.kv != "same":
             out.append("dtype.rotate with stored k: k was rotated before it was quantised, and SDPA does not rotate q")
         return out + _memory(problem, hardware)

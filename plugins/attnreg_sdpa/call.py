@@ -25,7 +25,8 @@ def prepared(problem: Problem, config: Mapping[str, Any]) -> Callable[..., Any]:
     spec = problem.spec
     says_more = (
         spec.bias or spec.alibi or spec.sinks or spec.dropout_p or spec.return_lse or spec.page_size is not None
-        or spec.layout == "thd" or general.quantised or config.get("upcast") or config["kernel"] != "auto"
+        or spec.layout == "thd" or general.guarded.folds or general.quantised or config.get("upcast")
+        or config["kernel"] != "auto"
         or not isinstance(spec.score, (scores.ScaledDot, scores.Dot)) or not isinstance(spec.sparsity, sparsity.Dense)
     )  # fmt: skip
     form = causal_form(spec, problem.sq, problem.skv)

@@ -16,6 +16,7 @@ from attnreg_sdpa.pairs import equal
 
 __all__ = ["Guarded"]
 
+TINY = 1e-30  # a scale that stays above 0 in float32, with room to spare
 Result = tuple[Tensor, "Tensor | None"]
 
 
@@ -29,7 +30,10 @@ class Guarded:
     """
 
     def __init__(self, problem: Problem, config: Mapping[str, Any]) -> None:
-        self.scale = problem.scale
+        # The CPU kernel scales what it has masked: -inf times a scale of 0 or below would be NaN or +inf.
+        self.folds = not problem.scale > TINY
+        self.factor = problem.scale
+        self.scale = 1.0 if self.folds else problem.scale
         self.dropout_p = problem.spec.dropout_p
         self.group = problem.group
         self.grouping = config.get("grouping", "enable_gqa")
@@ -52,6 +56,8 @@ class Guarded:
         return other
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Result:
+        if self.folds:
+            q = q * self.factor
         fragile = mask is not None or (causal and (self.grad or self.adds_causal))
         if not fragile:
             return self._grouped(q, k, v, None, causal)

@@ -69,8 +69,7 @@ def _cpu_flash(
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """The CPU flash kernel, which wants one head_dim, dense last dimensions and at least one row and key."""
     if _empty(q, k):
-        zero = q.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum())
-        return zero, q.new_zeros(q.shape[:3])
+        return _nothing(q, k, v)
     dim, dim_v = q.shape[-1], v.shape[-1]
     if dim != dim_v:
         # Columns of zeros change no product; the output's are cut off again.
@@ -79,6 +78,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = _FLASH(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return (out if dim_v == out.shape[-1] else out[..., :dim_v]), lse
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output 0 and lse -inf, still functions of all three, so that their gradients are 0 and not missing."""
+    held = 0 * (q.sum() + k.sum() + v.sum())
+    return held.expand(*q.shape[:3], v.shape[-1]).clone(), (held - torch.inf).expand(q.shape[:3]).clone()
 
 
 def _empty(q: Tensor, k: Tensor) -> bool:
@@ -112,7 +117,7 @@ class _FlashWithLse(torch.autograd.Function):
         q, k, v, mask, out, lse = ctx.saved_tensors
         dim, columns = v.shape[-1], 8  # a multiple of the vector width, of which one is used
         q, k, out = (pad(x, (0, columns)) for x in (q, k, out))
-        v = torch.cat([v, torch.ones_like(v[..., :columns])], -1)
+        v = pad(v, (0, columns), value=1.0)
         extra = pad(grad_lse.to(grad_out.dtype).unsqueeze(-1), (0, columns - 1))
         dq, dk, dv = _FLASH_BACKWARD(
             torch.cat([grad_out, extra], -1), q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
@@ -125,8 +130,7 @@ def with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse [B, Hq, Sq] by the CPU flash kernel; -inf where a row attends nothing."""
     if _empty(q, k):
-        out, lse = _flash(q, k, v, mask, causal, scale)
-        return out, torch.full_like(lse, -torch.inf)
+        return _nothing(q, k, v)
     if grad:
         dim_v = v.shape[-1]
         most = max(q.shape[-1], dim_v)

@@ -58,6 +58,17 @@ CASES = [
     Case("full", AttentionSpec(), STD),
     Case("full, mqa", AttentionSpec(heads=HeadGrouping(q=4, kv=1)), (1, 4, 1, 65, 63, 8, 8)),
     Case("scale", AttentionSpec(score=scores.ScaledDot(0.3)), STD, extra={"scale": 0.3}),
+    *(
+        Case(
+            f"scale {scale}", AttentionSpec(score=scores.ScaledDot(scale), mask=M.Causal()), (1, 4, 2, 9, 9, 16, 16),
+            lambda b, h, i, p, j: j <= p, extra={"scale": scale},
+        )
+        for scale in (0.0, -0.5, 1e-60)
+    ),
+    Case(
+        "lse, one column", AttentionSpec(return_lse=True, mask=M.Causal()), (1, 4, 2, 9, 9, 1, 1),
+        lambda b, h, i, p, j: j <= p,
+    ),
     Case("dot", AttentionSpec(score=scores.Dot()), STD, extra={"scale": 1.0}),
     Case("causal square", AttentionSpec(mask=M.Causal()), (2, 4, 2, 13, 13, 16, 16), lambda b, h, i, p, j: j <= p),
     Case("causal wide", AttentionSpec(mask=M.Causal()), STD, lambda b, h, i, p, j: j <= p),
