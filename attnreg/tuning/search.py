@@ -78,6 +78,13 @@ class Search:
 
     def ask(self) -> Proposal | None:
         """The next candidate; None when the budget is spent or more cannot pay."""
+        while (proposal := self._next()) is not None:
+            if not self._contested(proposal):
+                return proposal
+            self.give_up(proposal)
+        return None
+
+    def _next(self) -> Proposal | None:
         self._follow()
         if self.limit is not None and self.done >= self.limit:
             return None
@@ -128,6 +135,15 @@ class Search:
                 self._note(candidate, trial.value if usable else None, trial.user_attrs.get("why", ""))
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         self._taken = {c.key for c in map(_candidate_of, running) if c is not None}
+
+    def _contested(self, proposal: Proposal) -> bool:
+        """Did another process take the same candidate at the same moment? The earlier trial keeps it."""
+        states = (TrialState.RUNNING, TrialState.COMPLETE)
+        for other in self.study.get_trials(deepcopy=False, states=states):
+            candidate = _candidate_of(other)
+            if candidate == proposal.candidate and other.number < proposal.trial.number:
+                return True
+        return False
 
     def _adopt(self) -> None:
         """Take over what the study holds, and requeue what a dead process was at."""

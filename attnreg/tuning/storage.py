@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from attnreg.errors import TuneError
 
@@ -48,7 +51,7 @@ def open_storage(where: str | Path) -> BaseStorage:
     text = str(where)
     try:
         if "://" in text:
-            return RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
+            return _database(text)
         path = Path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _KernelLock(path)
@@ -63,6 +66,19 @@ def open_storage(where: str | Path) -> BaseStorage:
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise TuneError(f"storage {_without_password(text)} cannot be opened: {why}") from error
+
+
+def _database(url: str) -> RDBStorage:
+    """The database behind a URL. Workers that start together race to create its tables; the losers look again."""
+    scheme, sep, rest = url.partition("://")
+    if scheme == "postgresql" and not find_spec("psycopg2") and find_spec("psycopg"):
+        url = f"postgresql+psycopg{sep}{rest}"  # SQLAlchemy takes the older driver unless told
+    for wait in (0.2, 1.0, 3.0):
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except (IntegrityError, ProgrammingError):
+            time.sleep(wait)
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 
 def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
