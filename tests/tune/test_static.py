@@ -1,0 +1,128 @@
+"""Static tuning: what compiles and fits, best modelled time first, never called measured, found on the real card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, masks, registry
+from attnreg.cli import app, commands
+from attnreg.errors import TuneError
+from attnreg.records import Record
+from attnreg.records_json import line, parse_line
+from attnreg.store import Store
+from attnreg.suites import attention_problem
+from attnreg.tuning.static import tune_static
+from attnreg.tuning.targets import TARGETS, target_hardware
+
+assert commands
+PROBLEM = attention_problem(AttentionSpec(mask=masks.Causal()), (8, 2), 1024, 1024, 64, dtype="bfloat16")
+CARD = Hardware("cuda", "nvidia", "NVIDIA H100 80GB HBM3", "sm_90", 132)
+
+
+class Compiler:
+    """A backend whose compiled code is a formula: large tiles spill, wide stages do not fit."""
+
+    name, version = "compiler", "1"
+
+    def __init__(self) -> None:
+        self.compiled: list[dict[str, Any]] = []
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        return [] if hardware.kind in ("cuda", "hip") else ["needs a GPU"]
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        return SearchSpace({"block": (32, 64, 128, 256), "stages": (1, 2, 3)}, default={"block": 64, "stages": 1})
+
+    def prepare(self, problem: Problem, config: Any) -> Any:
+        raise AssertionError("static tuning prepares nothing")
+
+    def cross_compile(self, problem: Problem, config: Any, target: str) -> StaticReport:
+        self.compiled.append(dict(config))
+        if config["block"] == 32:
+            raise RuntimeError("ptxas says no")
+        shared = config["block"] * 512 * config["stages"]
+        if shared > target_hardware(target).shared_memory:
+            return StaticReport(target, shared=shared, refused=f"needs {shared} bytes of shared memory")
+        seconds = 1e-3 / config["block"] / config["stages"]
+        return StaticReport(target, registers=128, shared=shared, instructions={"HGMMA": 8}, seconds=seconds)
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    made = Compiler()
+    now = registry.current()
+    entries = {**now.entries, "compiler": registry.Entry(made, "test", "test 1.0")}
+    with registry.using(registry.Registry(entries, now.plugins)):
+        yield made
+
+
+def test_the_best_that_fits_is_kept_as_static(compiler: Compiler, own_store: Store) -> None:
+    made = tune_static(PROBLEM, "sm_90", backends=("compiler",))
+    assert len(compiler.compiled) == 12
+    assert made.record is not None
+    assert (made.record.origin, made.record.config) == ("static", {"block": 128, "stages": 3})
+    assert made.record.times is None
+    assert made.record.static["instructions"] == {"HGMMA": 8}
+    assert {why for _, why in made.refused} >= {"does not compile: RuntimeError: ptxas says no"}
+    assert made.record.refused[0][:2] == ("compiler", 5)
+    again = parse_line(line(made.record))
+    assert again == made.record
+    [(_, kept)] = own_store.records("user")
+    assert kept.slug == "sm-90"
+
+
+def test_the_record_speaks_for_the_card_below_whatever_is_measured(compiler: Compiler, own_store: Store) -> None:
+    made = tune_static(PROBLEM, "sm_90", backends=("compiler",))
+    [match] = own_store.find(made.problem, CARD, {"compiler": "1"})
+    assert (match.rung, match.backend, match.stale) == ("static", "compiler", ())
+    assert "nothing was measured" in match.describe()
+    assert own_store.find(made.problem, target_hardware("sm_80"), {"compiler": "1"}) == []
+    from attnreg.records import Quantiles, hardware_facts, software
+
+    measured = Record(
+        problem=made.problem,
+        backend="other",
+        version="1",
+        config={},
+        hardware=hardware_facts(CARD),
+        software={**software(), "backends": {"other": "1"}},
+        date="2026-01-01T00:00:00Z",
+        times=Quantiles.of([1.0]),
+    )
+    own_store.add(measured)
+    assert [m.backend for m in own_store.find(made.problem, CARD, {})] == ["other", "compiler"]
+
+
+def test_a_large_space_is_sampled_default_first(compiler: Compiler) -> None:
+    tune_static(PROBLEM, "sm_80", backends=("compiler",), limit=3, keep=False)
+    assert len(compiler.compiled) == 3
+    assert compiler.compiled[0] == {"block": 64, "stages": 1}
+
+
+def test_what_cannot_be_compiled_for_says_so(compiler: Compiler) -> None:
+    with pytest.raises(TuneError, match="target 'sm_1' is not known; there are sm_80"):
+        tune_static(PROBLEM, "sm_1")
+    with pytest.raises(TuneError, match=r"eager: it has no cross_compile\(\)"):
+        tune_static(PROBLEM, "sm_90", backends=("eager",))
+
+
+def test_every_target_has_hardware() -> None:
+    for name in TARGETS:
+        hardware = target_hardware(name)
+        assert hardware.arch == name
+        assert hardware.slug == name.replace("_", "-")
+        assert hardware.kind == ("hip" if name.startswith("gfx") else "cuda")
+
+
+def test_the_command_line(compiler: Compiler) -> None:
+    run = CliRunner()
+    command = ["tune", "--suite", "prefill", "--only", "S512", "--target", "gfx942", "--backends", "compiler"]
+    assert run.invoke(app, command).exit_code == 2  # other hardware cannot be measured: --static must be said
+    made = run.invoke(app, [*command, "--static", "--json"])
+    assert made.exit_code == 0
+    assert json.loads(made.output)["choice"] == "compiler(block=128, stages=1)"
