@@ -20,6 +20,7 @@ from attnreg_cpu.variant import check_status
 __all__ = ["decode_prepare", "decode_space", "decode_supports", "is_decode"]
 
 MOST_ROWS = 64
+ONE_PASS = 4  # rows that the products take at once
 CACHES = {
     "float32": "float",
     "float16": "half_t",
@@ -66,23 +67,24 @@ def decode_supports(problem: Problem, hardware: Hardware) -> list[str]:
 
 def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: kv_splits (pieces that the longest cache is cut into; 0: by the number of threads), block_kv (keys at a
-    time), kv_heads (KV heads that one task walks together: what lies side by side in memory is then read so) and
-    widen_rows (query rows from which a narrow cache is widened to float32 once a block, not once a pair of rows).
+    time), prefetch (bytes that are asked for in advance), kv_heads (KV heads that one task walks together: what lies
+    side by side in memory is then read so) and widen_rows (query rows from which a narrow cache is widened to float32
+    once a block, not once a pair of rows).
     """
     heads = [n for n in (1, 2, 4, 8, 16, 32) if n < problem.kv_heads] + [problem.kv_heads]
     beside = problem.spec.layout != "bhsd" and problem.spec.page_size is None
     default = {
         "kv_splits": 0,
-        "block_kv": 64,
+        "block_kv": _default_block(problem),
         "kv_heads": heads[-1] if beside else 1,
         "widen_rows": 9,
-        "prefetch": 16384,
+        "prefetch": 8192,
     }
     narrow = problem.kv_dtype != "float32"
     return SearchSpace(
         choices={
             "kv_splits": [0, 1, 2, 4, 8, 16, 32],
-            "block_kv": [32, 64, 128, 256],
+            "block_kv": [32, 64, 128, 256, 512, 1024, 2048],
             "kv_heads": heads,
             "prefetch": [0, 1024, 2048, 4096, 8192, 16384],
             "widen_rows": [1, 2, 3, 5, 9] if narrow else [9],
@@ -90,17 +92,29 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         default=default,
         constraints=[
             (
-                "scores and widened keys and values of a block fit in the L2 cache",
+                "what is used again of a block fits in the L2 cache",
                 lambda c: _scratch(problem, c) <= (hardware.caches[1] or 2**19) or c == default,
             )
         ],
-        seeds=[default, {**default, "block_kv": 128}, {**default, "kv_splits": 4}],
+        seeds=[default, {**default, "block_kv": 128}, {**default, "prefetch": 4096}],
     )
 
 
+def _default_block(problem: Problem) -> int:
+    """Keys at a time: long runs of one stream if read once, what the L1 cache holds if more rows read them again."""
+    row = problem.head_dim * getattr(torch, problem.kv_dtype).itemsize
+    rows = problem.sq * problem.group
+    room = 64 * 1024 if rows <= ONE_PASS else 32 * 1024
+    return next((n for n in (512, 256, 128) if n * row <= room and (rows <= ONE_PASS or n <= 128)), 64)
+
+
 def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:
+    """Bytes of a block that are used more than once: scores, and keys and values that further rows read again."""
     rows = min(problem.sq * problem.group, MOST_ROWS)
-    return 4 * int(config["block_kv"]) * (rows + problem.head_dim + problem.head_dim_v)
+    size: int = getattr(torch, problem.kv_dtype).itemsize
+    widened = 4 if size < 4 and rows >= int(config["widen_rows"]) else 0
+    again = widened or (size if rows > ONE_PASS else 0)
+    return int(config["block_kv"]) * (4 * rows + (problem.head_dim + problem.head_dim_v) * again)
 
 
 def decode_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:

@@ -34,17 +34,23 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     return v[0];
 }
 
-// Asks for a cache line that will be read once.
-ATTNREG_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 0); }
-inline void prefetch_row(const void* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) prefetch(static_cast<const char*>(row) + at);
-}
+// How many places on the row to ask for stands; 0: none is asked for. `once` says that what comes is read a single time, so that it
+// need not displace anything from the caches behind the first.
+struct Ahead {
+    int64_t rows = 0;
+    bool once = false;
 
-template <class T, int STEP>
-ATTNREG_INLINE void prefetch_all(const T* const (&rows)[STEP], int64_t d) {
-#pragma GCC unroll 4
-    for (int k = 0; k < STEP; ++k) prefetch(rows[k] + d);
-}
+    ATTNREG_INLINE void ask(const void* at) const {
+        if (once) {
+            __builtin_prefetch(at, 0, 0);
+        } else {
+            __builtin_prefetch(at, 0, 3);
+        }
+    }
+    void ask_row(const void* row, int64_t bytes) const {
+        for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(row) + at);
+    }
+};
 
 // sum[r][k] += q[r] * key[k], N registers of the head dimension.
 template <int N, class T, int ROWS, int STEP>
@@ -66,9 +72,9 @@ ATTNREG_INLINE void add_products(const float* q, int64_t q_stride, const T* cons
     }
 }
 
-// scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys. ahead > 0: asks for the rows that far on.
+// scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys. Asks for the rows `ahead`.
 template <class T, int ROWS>
-ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, int64_t ahead, float* scores,
+ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, Ahead ahead, float* scores,
                              int64_t stride) {
     constexpr int KEYS = LANES / ROWS, STEP = KEYS < 4 ? KEYS : 4;
     vfloat sums[LANES];
@@ -78,11 +84,14 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
         const T* key[STEP];
         for (int k = 0; k < STEP; ++k) key[k] = keys[first + k];
         const T* next[STEP];
-        for (int k = 0; k < STEP; ++k) next[k] = keys[first + k + ahead];
+        for (int k = 0; k < STEP; ++k) next[k] = keys[first + k + ahead.rows];
         int64_t d = 0;
         constexpr int TOGETHER = Together<T>::value;
         for (; d + TOGETHER * LANES <= dim; d += TOGETHER * LANES) {
-            if (ahead > 0 && d * sizeof(T) % 64 == 0) prefetch_all(next, d);
+            if (ahead.rows > 0 && d * sizeof(T) % 64 == 0) {
+#pragma GCC unroll 4
+                for (int k = 0; k < STEP; ++k) ahead.ask(next[k] + d);
+            }
             add_products<TOGETHER>(q + d, q_stride, key, d, sum);
         }
         for (; TOGETHER > 1 && d + LANES <= dim; d += LANES) add_products<1>(q + d, q_stride, key, d, sum);
@@ -102,32 +111,33 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
 }
 
 template <class T, int ROWS>
-void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, int64_t ahead, float* scores,
+void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead ahead, float* scores,
               int64_t stride) {
     for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead, scores + k, stride);
 }
 
 // Scores of `rows` rows; `keys` is readable up to the next multiple of LANES.
 template <class T>
-void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, int64_t ahead,
+void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, Ahead ahead,
               float* scores, int64_t stride) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, ahead = 0) {
+    for (; r + 4 <= rows; r += 4, ahead = {}) {
         dot_rows<T, 4>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
     }
     if (r + 2 <= rows) {
         dot_rows<T, 2>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
-        r += 2, ahead = 0;
+        r += 2, ahead = {};
     }
     if (r < rows) dot_rows<T, 1>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
 }
 
 // The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
 template <int VECTORS>
-void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, float* scores,
-                    int64_t stride) {
+void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, Ahead ahead,
+                    float* scores, int64_t stride) {
     constexpr int KEYS = LANES < 8 ? LANES : 8;
     for (int64_t k = 0; k < count; k += LANES) {
+        for (int i = 0; i < LANES && ahead.rows > 0; ++i) ahead.ask_row(keys[k + i + ahead.rows], dim * int64_t(sizeof(float)));
         vfloat block[VECTORS][LANES];
         for (int first = 0; first < LANES; first += KEYS) {
             vfloat sum[VECTORS][KEYS] = {};
@@ -156,19 +166,19 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
 
 // `rows` rounded up to whole registers may be read and written.
 inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
-                           int64_t dim, float* scores, int64_t stride) {
+                           int64_t dim, Ahead ahead, float* scores, int64_t stride) {
     constexpr int VECTORS = VECTOR_REGISTERS > 16 ? 2 : 1;
     int64_t r = 0;
-    for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES) {
-        broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, count, dim, scores + r * stride, stride);
+    for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES, ahead = {}) {
+        broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
     }
-    if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, count, dim, scores + r * stride, stride);
+    if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
 }
 
 // out[r] = out[r] * rescale[r] + sum over k of weights[r * stride + k] * values[k], columns `column` to `column` + COLS * LANES.
 template <class T, int ROWS, int COLS>
 ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count,
-                               int64_t column, int64_t part, int64_t ahead, float* out, int64_t out_stride) {
+                               int64_t column, int64_t part, Ahead ahead, float* out, int64_t out_stride) {
     vfloat sum[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r) {
         const vfloat factor = splat(rescale[r]);
@@ -176,7 +186,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
     }
     for (int64_t k = 0; k < count; ++k) {
         const T* value = values[k] + column;
-        if (ahead > 0) prefetch_row(values[k + ahead] + column, COLS * LANES * int64_t(sizeof(T)));
+        if (ahead.rows > 0) ahead.ask_row(values[k + ahead.rows] + column, COLS * LANES * int64_t(sizeof(T)));
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
         constexpr int N = COLS < Together<T>::value ? 1 : Together<T>::value;
@@ -201,7 +211,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
 
 template <class T, int ROWS, int COLS>
 void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
-                 int64_t dim, int64_t ahead, float* out, int64_t out_stride) {
+                 int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
     for (; column + COLS * LANES <= dim; column += COLS * LANES) {
         add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
@@ -214,14 +224,14 @@ void add_columns(const float* weights, int64_t stride, const float* rescale, con
 
 template <class T>
 void add_tile(const float* weights, int64_t stride, int64_t rows, const float* rescale, const T* const* values, int64_t count,
-              int64_t dim, int64_t ahead, float* out, int64_t out_stride) {
+              int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
     constexpr int SUMS = VECTOR_REGISTERS > 16 ? 16 : 8;
     int64_t r = 0;
     const auto add = [&](auto block) {
         constexpr int ROWS = decltype(block)::value, COLS = SUMS / ROWS < 8 ? SUMS / ROWS : 8;
         add_columns<T, ROWS, COLS>(weights + r * stride, stride, rescale + r, values, count, 0, dim, ahead, out + r * out_stride,
                                    out_stride);
-        r += ROWS, ahead = 0;
+        r += ROWS, ahead = {};
     };
     while (r + 4 <= rows) add(std::integral_constant<int, 4>());
     if (r + 2 <= rows) add(std::integral_constant<int, 2>());
