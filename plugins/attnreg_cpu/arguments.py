@@ -12,6 +12,7 @@ from torch import Tensor
 from attnreg import Problem
 from attnreg_cpu import params
 from attnreg_cpu.conjunction import Conjunction
+from attnreg_cpu.threads import thread_count
 
 FIRST = params.INDEX["threads"] + 1  # fields that every call sets; the rest depends on named tensors only
 ALIGN = {"bottom_right": 0, "top_left": 1, "offset": 2}
@@ -72,7 +73,7 @@ class Arguments:
         return _head_packer.pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at,
             q_b, q_h, q_r, k_b, k_h, k_r, v_b, v_h, v_r, out_b, out_h, out_r, lse_b, lse_h, lse_r,
-            batch, q_heads, kv_heads, sq, skv, torch.get_num_threads(),
+            batch, q_heads, kv_heads, sq, skv, thread_count(),
         )  # fmt: skip
 
     def tail(self, tensors: Mapping[str, Any], more: Mapping[str, int] | None = None) -> tuple[bytes, list[Tensor]]:

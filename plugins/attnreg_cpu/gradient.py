@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnreg_cpu.arguments import dense_rows, strides_of
+from attnreg_cpu.threads import thread_count
 from attnreg_cpu.variant import Kernel
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Differentiable:
         d_out = dense_rows(d_out)
         # Packed rows of no sequence are never written.
         d_q = (torch.zeros if forward.layout == "thd" else torch.empty)(q.shape, dtype=q.dtype)
-        shares = shares_of(batch * kv_heads, torch.get_num_threads())
+        shares = shares_of(batch * kv_heads, thread_count())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = None
         more: dict[str, int] = {"splits": shares}

@@ -10,6 +10,7 @@ from typing import Any
 from attnreg import Hardware, Problem, SearchSpace
 from attnreg_cpu import build
 from attnreg_cpu.decode import decode_prepare, decode_space, decode_supports, is_decode
+from attnreg_cpu.estimate import estimate
 from attnreg_cpu.prefill import prefill_prepare, prefill_supports
 from attnreg_cpu.tuning_space import kernel_space
 
@@ -40,11 +41,22 @@ class NativeBackend:
             return decode_space(problem, hardware)
         return kernel_space(problem, hardware)
 
+    def estimate(self, problem: Problem, hardware: Hardware) -> float:
+        """Seconds of a call, from the live pairs and the bytes that must move."""
+        return estimate(problem, hardware, _decodes(problem, hardware))
+
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
         """Compile (or find) the kernels and return run(q, k, v, **tensors)."""
         if "kv_splits" in config:  # a configuration of decode_space
             return decode_prepare(problem, config)
         return prefill_prepare(problem, config)
+
+
+    def build_ahead(self, hardware: Hardware, **options: Any) -> int:
+        """Compile what calls would compile at first use; see ahead.build_all. Returns how many libraries there are."""
+        from attnreg_cpu.ahead import build_all
+
+        return build_all(hardware, **options)
 
 
 def _decodes(problem: Problem, hardware: Hardware) -> bool:

@@ -1,4 +1,4 @@
-"""The configurations of the native forward and backward kernels, bounded by the caches."""
+"""The configurations of the native prefill kernels, bounded by the caches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from attnreg_cpu.sparse import needs_layout
 
 L1_FALLBACK = 32 * 1024
 L2_FALLBACK = 512 * 1024
-REGISTERS = {"amx": 32, "avx512": 32, "avx2": 16, "neon": 32, "sve": 32}
 LANES = {"amx": 16, "avx512": 16, "avx2": 8}
+REGISTERS = {"avx2": 16, "x86_64": 16}
+VECTORS = (1, 2, 3, 4)
 
 
 def lanes_of(hardware: Hardware) -> int:
@@ -23,6 +24,11 @@ def has_bfloat_dot(hardware: Hardware) -> bool:
     return "avx512_bf16" in hardware.isa and lanes_of(hardware) == 16
 
 
+def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
+    """Tile widths that are used without tuning, best first: those whose micro-kernel comes nearest to the FMA peak."""
+    return (3, 2) if REGISTERS.get(hardware.arch, 32) == 16 else (2, 3)
+
+
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (copy keys
@@ -32,43 +38,50 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
     l2 = hardware.caches[1] or L2_FALLBACK
-    width, width_v = problem.head_dim, problem.head_dim_v
+    width = problem.head_dim + problem.head_dim_v
+    # A backward tile holds rows both ways and their gradients; so does a run of keys.
+    copies = 3 if problem.needs_grad else 1
 
     def scores(c: Any) -> int:
         return int(c["block_kv"] * c["vectors"] * lanes * operand)
 
     def item(c: Any) -> int:
-        tiles = c["tiles"] * c["vectors"] * lanes * (width + width_v) * operand
-        return int(scores(c) + tiles + c["block_kv"] * (width + width_v) * operand)
+        rows = max(c["tiles"] * c["vectors"] * lanes, c.get("layout_q", 0))
+        return int(scores(c) + copies * (rows + c["block_kv"]) * width * operand)
 
     def holds_block(c: Any) -> bool:
         return bool(c["block_kv"] >= c.get("layout_kv", 0))
 
     pairs = [True, False] if problem.dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
-    rows = problem.sq * problem.group
-    most = -(-rows // lanes)
-    vectors = [n for n in (1, 2, 3, 4) if n <= max(most, 1)]
-    preferred = min(3 if REGISTERS.get(hardware.arch, 16) == 16 else 2, vectors[-1])
-    default = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": False, "pairs": pairs[0]}
-    choices: dict[str, list[int] | list[bool]] = {}
+    most = max(1, -(-problem.sq * problem.group // lanes))
+    vectors = [n for n in VECTORS if n <= most]
+    preferred = min(preferred_vectors(hardware)[0], vectors[-1])
+    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": False, "pairs": pairs[0]}
+    choices: dict[str, Any] = {
+        "vectors": vectors,
+        "tiles": [1, 2, 4, 8, 16],
+        "block_kv": [32, 64, 96, 128, 192, 256, 384],
+        "pack": [False, True],
+        "pairs": pairs,
+    }
     if needs_layout(problem):
-        choices = {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
-        default |= {"layout_q": 64, "layout_kv": 64, "block_kv": 128, "vectors": min(2, vectors[-1])}
-    seeds = [{**default, **change} for change in ({"vectors": 3, "block_kv": 192}, {"tiles": 8}, {"block_kv": 192})]
+        choices |= {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
+        default |= {"layout_q": 64, "layout_kv": 64, "block_kv": 128}
+    # The default must lie in the space of any CPU, however small its caches are.
+    while default["tiles"] > 1 and item(default) > l2:
+        default["tiles"] //= 2
     return SearchSpace(
-        choices={
-            "vectors": vectors,
-            "tiles": [1, 2, 4, 8, 16],
-            "block_kv": [32, 64, 96, 128, 192, 256, 384],
-            "pack": [False, True],
-            "pairs": pairs,
-            **choices,
-        },
+        choices=choices,
         default=default,
         constraints=[
             ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
         ],
-        seeds=seeds,
+        seeds=[{**default, **change} for change in _promising(preferred)],
     )
+
+
+def _promising(preferred: int) -> list[dict[str, int]]:
+    other = 3 if preferred == 2 else 2
+    return [{}, {"vectors": other, "block_kv": 192}, {"tiles": 8}, {"tiles": 2, "block_kv": 128}, {"vectors": other}]

@@ -96,7 +96,7 @@ def test_many_processes_compile_once(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_refused_source_says_what_the_compiler_said() -> None:
-    with pytest.raises(errors.BackendError, match="ATTNREG_HEAD_K|not declared|expected"):
+    with pytest.raises(errors.BackendError, match=r"failed with status \d+:\n"):
         build.build("forward.cpp", {"ATTNREG_HEAD_K": "nonsense"})
     assert not list(build.cache_dir().glob("*.so"))
     assert not list(build.cache_dir().glob("*.tmp"))

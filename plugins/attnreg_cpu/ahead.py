@@ -1,0 +1,60 @@
+"""Compile kernels before they are needed, for images and machines that have no compiler at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from attnreg import Hardware
+from attnreg_cpu import build
+from attnreg_cpu.decode import CACHES
+from attnreg_cpu.tuning_space import VECTORS, has_bfloat_dot, preferred_vectors
+from attnreg_cpu.variant import Variant
+
+HEAD_DIMS = (64, 96, 128)
+DTYPES = ("float32", "bfloat16", "float16")
+
+Said = Callable[[str], None]
+
+
+def build_all(
+    hardware: Hardware,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    dtypes: Sequence[str] = DTYPES,
+    *,
+    gradients: bool = True,
+    whole_space: bool = False,
+    jobs: int | None = None,
+    say: Said = lambda line: None,
+) -> int:
+    """Compile the decode kernels, and the prefill kernels of these head sizes and dtypes; returns how many there are.
+
+    gradients: the backward kernels too. whole_space: every micro-kernel shape that the tuner may try, not only those
+    that are used without tuning. jobs: compilers at once; the usable cores by default. `say` gets a line for each.
+    Raises BuildError where the compiler is missing or refuses.
+    """
+    work = list(_work(hardware, head_dims, dtypes, gradients, whole_space))
+
+    def one(item: tuple[str, dict[str, int | str]]) -> None:
+        source, defines = item
+        path = build.build(source, defines)
+        said = " ".join(f"{name.removeprefix('ATTNREG_').lower()}={value}" for name, value in defines.items())
+        say(f"{source} {said}: {path}")
+
+    with ThreadPoolExecutor(jobs or hardware.cores) as pool:
+        list(pool.map(one, work))
+    return len(work)
+
+
+def _work(
+    hardware: Hardware, head_dims: Sequence[int], dtypes: Sequence[str], gradients: bool, whole_space: bool
+) -> Iterator[tuple[str, dict[str, int | str]]]:
+    for cache in CACHES.values():
+        yield "decode.cpp", {"ATTNREG_CACHE": cache}
+    for dtype in dtypes:
+        pairs = [True, False] if dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
+        for head_dim in head_dims:
+            for vectors in VECTORS if whole_space else preferred_vectors(hardware):
+                for pair in pairs if whole_space else pairs[:1]:
+                    for source in ("forward.cpp", "backward.cpp") if gradients else ("forward.cpp",):
+                        yield source, Variant(source, head_dim, head_dim, dtype, vectors, pair).defines()
