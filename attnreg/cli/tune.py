@@ -15,13 +15,13 @@ from rich.table import Table
 from attnreg import registry, store
 from attnreg.cli import app, console
 from attnreg.errors import AttnregError, TuneError
-from attnreg.hardware import detect
 from attnreg.match import Match
 from attnreg.problem import Problem
 from attnreg.suites import MODELS, SUITES, Case, model_shape, suite
 from attnreg.tuning import Options, TuneReport, known, read_problems, tune_all
 from attnreg.tuning import Progress as Stage
 from attnreg.tuning.report import seconds_text
+from attnreg.tuning.session import hardware_of
 from attnreg.tuning.static import tune_static
 
 Result = TuneReport | Match | TuneError
@@ -206,7 +206,7 @@ def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) ->
     versions = {name: entry.backend.version for name, entry in entries.items()}
     table = Table("problem", "backends (points)", "starts from", "known", box=None, pad_edge=False)
     for case in cases:
-        hardware = detect(case.problem.device)
+        hardware = hardware_of(case.problem)
         points: dict[str, int] = {}
         for name, entry in sorted(entries.items()):
             if options.backends is not None and name not in options.backends:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -36,6 +37,7 @@ def serve(incoming: int, outgoing: int) -> None:
                 if request["op"] == "plan":
                     plan = Plan.from_json(request["plan"])
                     bench = LocalBench(plan, at=lambda c: say({"at": {"backend": c.backend, "config": dict(c.config)}}))
+                    gc.freeze()  # what is loaded by now stays: each later collection need not walk it
                     say({"done": asdict(bench.about())})
                 else:
                     assert bench is not None, "the plan comes first"

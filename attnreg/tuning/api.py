@@ -12,12 +12,11 @@ from torch import Tensor
 
 from attnreg import registry, store
 from attnreg.errors import TuneError
-from attnreg.hardware import detect
 from attnreg.match import Match
 from attnreg.problem import Problem
 from attnreg.spec import AttentionSpec
 from attnreg.tuning.report import Progress, TuneReport
-from attnreg.tuning.session import Options, tune_problem
+from attnreg.tuning.session import Options, hardware_of, tune_problem
 from attnreg.validate import check
 
 __all__ = ["known", "tune", "tune_all", "tune_missing"]
@@ -72,17 +71,17 @@ def tune(
 
 
 def known(problem: Problem, cache: Literal["warm", "cold"] = "warm") -> Match | None:
-    """The fresh, exact, measured record of this user for the problem, if there is one."""
+    """The fresh, exact record of this user for the problem, if there is one. Raises TuneError off its device."""
     versions = {name: entry.backend.version for name, entry in registry.current().entries.items()}
-    matches = store.current().find(problem, detect(problem.device), versions, cache=cache)
+    matches = store.current().find(problem, hardware_of(problem), versions, cache=cache)
     return next((m for m in matches if m.rung == "user" and not m.stale), None)
 
 
 def tune_missing(problem: Problem, options: Options = MISSED) -> TuneReport | None:
     """Tune a problem unless a fresh record of this user holds for it. A problem that cannot be tuned is left alone."""
-    if known(problem, options.cache) is not None:
-        return None
     try:
+        if known(problem, options.cache) is not None:
+            return None
         return tune_problem(problem, options)
     except TuneError:
         return None
@@ -100,14 +99,14 @@ def tune_all(
     again: tune those with a fresh record too.
     """
     for problem in problems:
-        match = None if again else known(problem, options.cache)
-        if match is not None:
-            yield problem, match
-            continue
+        result: TuneReport | Match | TuneError | None
         try:
-            yield problem, tune_problem(problem, options, functools.partial(on_progress, problem))
+            result = None if again else known(problem, options.cache)
+            if result is None:
+                result = tune_problem(problem, options, functools.partial(on_progress, problem))
         except TuneError as error:
-            yield problem, error
+            result = error
+        yield problem, result
 
 
 def _as_under_autocast(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from attnreg.tuning.report import Progress, TuneReport
 from attnreg.tuning.search import ENUMERATE, Search, make_sampler
 from attnreg.tuning.storage import digest, open_storage, open_study
 
-__all__ = ["Options", "tune_problem"]
+__all__ = ["Options", "hardware_of", "tune_problem"]
 
 WORKER_ONLY = "not loaded in the measuring worker; give it an entry point or ATTNREG_PLUGINS, or say isolate=False"
 
@@ -145,15 +145,20 @@ def tune_problem(
     return made
 
 
+def hardware_of(problem: Problem) -> Hardware:
+    """The hardware of the problem's device. Raises TuneError where this machine has none."""
+    try:
+        return detect(problem.device)
+    except (RuntimeError, AssertionError) as error:
+        raise TuneError(f"device {problem.device!r} is not here: {error}; see attnreg tune --target") from error
+
+
 def _setting(problem: Problem, options: Options, tell: Callable[[Progress], object]) -> _Setting:
     try:
         problem.key()
     except SpecError as error:
         raise TuneError(f"cannot be tuned: {error}; say the mask with attnreg.masks") from error
-    try:
-        hardware = detect(problem.device)
-    except (RuntimeError, AssertionError) as error:
-        raise TuneError(f"device {problem.device!r} is not here: {error}; see attnreg tune --target") from error
+    hardware = hardware_of(problem)
     entries = registry.current().entries
     for name in options.backends or ():
         registry.current().get(name)
