@@ -1,0 +1,142 @@
+"""Show results: claims held against what was measured, as rows for the terminal, markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attnreg.bench.claims import CLAIMS, Claim
+from attnreg.bench.peaks import Peaks
+from attnreg.bench.run import OURS, CaseResult
+
+__all__ = ["Held", "hold", "markdown", "milliseconds", "ratio_text", "to_json"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A claim beside what was measured. met is None where there is nothing to hold it against."""
+
+    case: str
+    claim: Claim
+    measured: float | None
+    text: str
+    met: bool | None
+
+
+def hold(results: Sequence[CaseResult]) -> list[Held]:
+    """Every claim of the cases that ran."""
+    by_name = {result.case: result for result in results}
+    return [_held(result, claim, by_name) for result in results for claim in CLAIMS.get(result.case, ())]
+
+
+def _held(result: CaseResult, claim: Claim, others: Mapping[str, CaseResult]) -> Held:
+    measured, text = _measure(result, claim, others)
+    met = None if measured is None else measured >= claim.least
+    return Held(result.case, claim, measured, text, met)
+
+
+def _measure(result: CaseResult, claim: Claim, others: Mapping[str, CaseResult]) -> tuple[float | None, str]:
+    if claim.peer == "read":
+        return result.shares[1], f"{result.shares[1]:.0%} of the read bandwidth"
+    if claim.peer in others or claim.peer.startswith("decode"):
+        other = others.get(claim.peer)
+        if other is None:
+            return None, f"{claim.peer} did not run"
+        times = other.get(OURS).median / result.get(OURS).median
+        return times, f"{times:.2f}x as fast as {claim.peer}"
+    name = result.best_peer if claim.peer == "best peer" else claim.peer
+    if name is None or name not in result.ratios:
+        return None, f"{claim.peer} did not run"
+    return result.ratios[name][1], f"{ratio_text(result, name)} {name}"
+
+
+def ratio_text(result: CaseResult, name: str) -> str:
+    """`1.52x (1.49 to 1.55)`: the contestant's time over ours."""
+    low, middle, high = result.ratios[name]
+    spread = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) and low > 0 else ""
+    return f"{middle:.2f}x{spread}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with three digits."""
+    return f"{seconds * 1e3:.3g}"
+
+
+def least_text(claim: Claim) -> str:
+    """`at least 1.35x sdpa`."""
+    if claim.peer == "read":
+        return f"at least {claim.least:.0%} of the read bandwidth"
+    return f"at least {claim.least:g}x {claim.peer}"
+
+
+def markdown(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, Any]) -> str:
+    """A whole run as a document."""
+    lines = [
+        f"Machine: {machine['hardware']}, {machine['threads']} threads, {machine['memory']}; {machine['versions']}.",
+        f"Peaks, measured by the same command ({peaks.how}): {peaks.flops / 1e9:.0f} GFLOP/s in float32, "
+        f"{peaks.read / 1e9:.1f} GB/s read. Date: {machine['date']}.",
+        "",
+        f"    {machine['command']}",
+        "",
+        "## Claims",
+        "",
+        "| case | claim | measured | |",
+        "|---|---|---|---|",
+    ]
+    words = {True: "met", False: "**not met**", None: "not run"}
+    lines += [f"| {h.case} | {least_text(h.claim)} | {h.text} | {words[h.met]} |" for h in hold(results)]
+    for name in dict.fromkeys(result.suite for result in results):
+        lines += ["", f"## {name}", ""]
+        lines += ["| case | contestant | median ms | its time over ours | |", "|---|---|---|---|---|"]
+        for result in results:
+            if result.suite == name:
+                lines += _rows(result)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(result: CaseResult) -> list[str]:
+    of_peaks = (
+        f"{result.shares[0]:.0%} of multiply-add, {result.shares[1]:.0%} of read; {result.dropped} rounds dropped"
+    )
+    out = []
+    for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
+        if c.name == OURS:
+            out.append(f"| {result.case} | **attnreg**: {result.chosen} | {milliseconds(c.median)} | 1 | {of_peaks} |")
+        elif c.samples:
+            out.append(f"| | {c.name} | {milliseconds(c.median)} | {ratio_text(result, c.name)} | |")
+        elif not c.why.startswith("only "):
+            out.append(f"| | {c.name} | | | {_one_line(c.why)} |")
+    return out
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split()).replace("|", "/")
+    return line if len(line) <= 120 else line[:117] + "..."
+
+
+def to_json(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data: every sample of every contestant, ratios with intervals, claims."""
+    return {
+        "machine": dict(machine),
+        "peaks": {"flops": peaks.flops, "read": peaks.read, "how": peaks.how},
+        "cases": [
+            {
+                "suite": r.suite,
+                "case": r.case,
+                "problem": r.problem.to_json(),
+                "chosen": r.chosen,
+                "dropped": r.dropped,
+                "share_of_flops": r.shares[0],
+                "share_of_read": r.shares[1],
+                "contestants": [{"name": c.name, "samples": list(c.samples), "why": c.why} for c in r.contestants],
+                "ratios": {name: list(ratio) for name, ratio in r.ratios.items()},
+            }
+            for r in results
+        ],
+        "claims": [
+            {"case": h.case, "peer": h.claim.peer, "least": h.claim.least, "measured": h.measured, "met": h.met}
+            for h in hold(results)
+        ],
+    }

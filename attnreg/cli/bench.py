@@ -1,0 +1,172 @@
+"""`attnreg bench`: measure against the peers, hold the claims against what was measured, and say what ran where."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from attnreg.bench.chart import write_chart
+from attnreg.bench.overhead import measure_overhead
+from attnreg.bench.peaks import Peaks, measure_peaks
+from attnreg.bench.peers import PEERS
+from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, to_json
+from attnreg.bench.run import OURS, CaseResult, Options, run_case
+from attnreg.cli import app, console
+from attnreg.hardware import Hardware, detect
+from attnreg.suites import SUITES, suite
+
+TIMED = ("prefill", "decode", "sparse", "train")
+EXTRA = ("overhead", "tuner", "fp8")
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join((*TIMED, 'long', *EXTRA))}, or all.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
+    backend: Annotated[list[str] | None, typer.Option(help="Backends of ours to time by force as well.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Peers to keep, of: {', '.join(PEERS)}.")] = None,
+    flex: Annotated[bool, typer.Option(help="FlexAttention compiles for tens of seconds a case.")] = True,
+    rounds: Annotated[int, typer.Option(help="Samples of each contestant.")] = 11,
+    threads: Annotated[int | None, typer.Option(help="torch threads; what torch has unless given.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample here.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write a chart here: .html, .svg or .png.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the run as a document here.")] = None,
+) -> None:
+    """Time attention() and its peers, interleaved; print paired ratios with 95% intervals and shares of the peaks."""
+    wanted = _wanted(suites or ["prefill"])
+    if threads is not None:
+        torch.set_num_threads(threads)
+    peers = tuple(peer) if peer else tuple(n for n in PEERS if flex or not n.startswith("flex"))
+    unknown = [n for n in peers if n not in PEERS]
+    if unknown:
+        raise typer.BadParameter(f"--peer: no peer is named {unknown[0]!r}; there are {', '.join(PEERS)}")
+    hardware = detect("cpu")
+    options = Options(rounds=rounds, backends=tuple(backend or ()), peers=peers)
+    cases = [(name, case) for name in wanted if name in SUITES and name != "overhead" for case in suite(name)]
+    cases = [(name, case) for name, case in cases if only.lower() in case.name.lower()]
+    results: list[CaseResult] = []
+    if cases:
+        peaks = measure_peaks(hardware, torch.get_num_threads())
+        machine = _machine(hardware)
+        _print_head(machine, peaks)
+        for name, case in cases:
+            results.append(run_case(name, case, options, peaks))
+            _print_case(results[-1])
+        _print_claims(results)
+        _write(results, peaks, machine, json_file, chart, markdown_file)
+    if "overhead" in wanted:
+        _print_overhead()
+    if "tuner" in wanted:
+        _tuner()
+    if "fp8" in wanted:
+        _fp8()
+
+
+def _wanted(suites: list[str]) -> list[str]:
+    known = [*TIMED, "long", *EXTRA]
+    for name in suites:
+        if name not in (*known, "all"):
+            raise typer.BadParameter(f"no suite is named {name!r}; there are {', '.join(known)} and all")
+    return known if "all" in suites else suites
+
+
+def _machine(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "hardware": hardware.slug,
+        "threads": torch.get_num_threads(),
+        "memory": f"{hardware.memory / 2**30:.0f} GiB memory",
+        "isa": list(hardware.isa),
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": "attnreg " + " ".join(sys.argv[1:]),
+    }
+
+
+def _print_head(machine: dict[str, Any], peaks: Peaks) -> None:
+    console.print(
+        f"machine  {machine['hardware']}, {machine['threads']} threads, {machine['versions']}", highlight=False
+    )
+    text = f"{peaks.flops / 1e9:.0f} GFLOP/s float32, {peaks.read / 1e9:.1f} GB/s read"
+    console.print(f"peaks    {text}, measured now: {peaks.how}\n", highlight=False)
+
+
+def _print_case(result: CaseResult) -> None:
+    fma, read = result.shares
+    console.print(f"[bold]{escape(result.case)}[/bold]  {result.problem}", highlight=False)
+    console.print(f"attnreg ran {result.chosen}; {fma:.0%} of multiply-add, {read:.0%} of read", highlight=False)
+    table = Table("contestant", "median ms", "its time over ours", box=None, pad_edge=False)
+    for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
+        if c.name == OURS:
+            table.add_row(f"[green]{c.name}[/green]", milliseconds(c.median), "1")
+        elif c.samples:
+            table.add_row(c.name, milliseconds(c.median), ratio_text(result, c.name))
+        elif not c.why.startswith("only "):
+            table.add_row(c.name, "", f"[dim]{escape(c.why.splitlines()[0][:100])}[/dim]")
+    console.print(table)
+    if result.dropped:
+        console.print(f"{result.dropped} rounds dropped: a probe was slow, so something else ran", highlight=False)
+    console.print()
+
+
+def _print_claims(results: list[CaseResult]) -> None:
+    table = Table("case", "claim", "measured", "", title="Claims", title_justify="left", box=None, pad_edge=False)
+    words = {True: "[green]met[/green]", False: "[red]not met[/red]", None: "not run"}
+    for held in hold(results):
+        table.add_row(held.case, least_text(held.claim), held.text, words[held.met])
+    if table.row_count:
+        console.print(table)
+
+
+def _write(
+    results: list[CaseResult],
+    peaks: Peaks,
+    machine: dict[str, Any],
+    json_file: Path | None,
+    chart: Path | None,
+    markdown_file: Path | None,
+) -> None:
+    if json_file is not None:
+        json_file.write_text(json.dumps(to_json(results, peaks, machine), indent=1) + "\n")
+    if chart is not None:
+        write_chart(chart, results, machine)
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(results, peaks, machine))
+
+
+def _print_overhead() -> None:
+    found = measure_overhead()
+    table = Table("call", "us", title="Overhead, one thread, 1x1x16x16 float32", title_justify="left", box=None)
+    table.add_row("torch's op, called directly", f"{found.direct:.2f}")
+    table.add_row("attention(), a hit", f"{found.hit:.2f}")
+    table.add_row("over the op", f"{found.over:+.2f}")
+    table.add_row("prepare()'s callable", f"{found.prepared:.2f}")
+    table.add_row("a decode step, cache growing from 1 to 2,000", f"{found.step:.2f}")
+    table.add_row("the op alone, the same steps", f"{found.direct_step:.2f}")
+    console.print(table)
+    console.print(f"hot table missed {found.misses} of 2,000 steps (at most 15 promised)", highlight=False)
+    console.print(f"a hit costs {found.over:.2f} us over the op (at most 5 promised)", highlight=False)
+
+
+def _tuner() -> None:
+    """The tuner against exhaustive search on recorded measurements."""
+    from attnreg.tuning import replay
+
+    replay.show(console)
+
+
+def _fp8() -> None:
+    """FP8 accuracy on the published outlier test."""
+    from attnreg.bench import fp8
+
+    fp8.show(console)
