@@ -62,7 +62,8 @@ class Match:
             g = r.gate
             grads = f"; gradients {g.grad_error:.2g}, bound {g.grad_bound:.2g}" if g.grad_bound else ""
             out.append(f"error     {g.error:.2g}, bound {g.bound:.2g}{grads}")
-        out += [f"refused   {name}, {count} configurations: {why}" for name, count, why in r.refused]
+        for name, count, why in r.refused:
+            out.append(f"refused   {name}, {count} configurations: {why}" if count else f"refused   {name}: {why}")
         out += [f"also      {e['backend']} on {e['date'][:10]}, kept as evidence" for e in r.evidence]
         out += [f"stale     {what}" for what in self.stale]
         return [*out, f"holds for {r.stale_when()}"]

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
+import torch
+
 from attnreg.problem import Problem
 
 __all__ = ["autotune", "autotuning", "checking", "on_change", "recording", "seen", "set_tuner", "tune_missed"]
@@ -60,9 +62,13 @@ def set_tuner(tuner: Callable[[Problem], object]) -> None:
 
 
 def tune_missed(problem: Problem) -> None:
-    """Tune a problem that missed the hot table, if a mode asks for it."""
-    if _tuner is not None and autotuning():
+    """Tune a problem that missed the hot table, if a mode asks for it; never while a CUDA graph is captured."""
+    if _tuner is not None and autotuning() and not _capturing():
         _tuner(problem)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

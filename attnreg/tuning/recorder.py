@@ -50,8 +50,9 @@ class Recorder:
 def record(path: str | Path) -> Iterator[Recorder]:
     """Within the block, the problem of every attention call is written to `path`, one JSON line a bucket of sizes.
 
-    Nothing is tuned and nothing is slower once a call repeats. A file that exists is added to. Run a model once in
-    the block, then `attnreg tune problems.jsonl`. Raises RecordError if the file holds something else.
+    Nothing is tuned, and nothing is slower once a call repeats. A file that exists is added to. Calls inside
+    torch.compile are not seen: run the model once in the block as it is, then `attnreg tune problems.jsonl`.
+    Raises RecordError if the file holds something else.
     """
     path = Path(path)
     known = read_problems(path) if path.exists() else []

@@ -58,6 +58,14 @@ def test_never_inside_compile(tuned: list[Problem], fresh: Any) -> None:
     assert tuned == []
 
 
+def test_never_while_a_graph_is_captured(tuned: list[Problem], fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with attnreg.autotune():
+        attnreg.attention(CAUSAL, *qkv())
+    assert tuned == []
+
+
 def test_record_collects_one_problem_a_bucket_and_tunes_nothing(
     tmp_path: Path, tuned: list[Problem], fresh: Any
 ) -> None:

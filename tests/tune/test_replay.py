@@ -1,0 +1,81 @@
+"""Replays: on measured spaces the tuner finds what exhaustive search finds, with a quarter of the looks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from attnreg.errors import RecordError
+from attnreg.measure import Candidate
+from attnreg.suites import suite
+from attnreg.tuning import replay
+from attnreg.tuning.replay import Recording, ReplayBench, compare, recordings
+
+RECORDINGS = recordings()
+
+
+def small() -> Recording:
+    """A recording by hand: b is best; one point failed the gate."""
+    points = [(Candidate("a", {"m": m}), (2.0 + m, 2.2 + m)) for m in (1, 2, 3)]
+    points += [(Candidate("a", {"m": 4}), ()), (Candidate("b"), (1.0, 1.1))]
+    problem = suite("prefill")[0].problem
+    return Recording(
+        "hand", problem, {"a": {"m": [1, 2, 3, 4]}, "b": {}}, tuple(points), (Candidate("b"),), {"hardware": "x"}
+    )
+
+
+def test_a_recording_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "hand.json").write_text(json.dumps(small().to_json()))
+    assert recordings(tmp_path) == [small()]
+    with pytest.raises(RecordError, match="recording"):
+        Recording.from_json({"name": "x"})
+
+
+def test_the_recorded_space_has_exactly_the_recorded_points() -> None:
+    assert {c.key for c in small().space().points()} == {c.key for c, _ in small().points}
+    for recording in RECORDINGS:
+        assert {c.key for c in recording.space().points()} == {c.key for c, _ in recording.points}
+
+
+def test_the_truth_takes_out_what_slowed_a_whole_round() -> None:
+    points = tuple((Candidate("a", {"m": m}), (float(m), 10.0 * m, float(m))) for m in (1, 2, 3))
+    made = Recording("drift", suite("prefill")[0].problem, {"a": {"m": [1, 2, 3]}}, points, (), {})
+    one, two, three = (made.truth()[c.key] for c, _ in points)
+    assert (two / one, three / one) == (pytest.approx(2), pytest.approx(3))
+
+
+def test_a_replayed_round_is_a_recorded_one() -> None:
+    bench = ReplayBench(small(), seed=0)
+    a, b = Candidate("a", {"m": 1}), Candidate("b")
+    assert not bench.gate(Candidate("a", {"m": 4}), "quick").ok
+    assert {r.seconds for r in bench.rounds([a, b], 50)} == {(3.0, 1.0), (3.2, 1.1)}
+
+
+def test_there_are_real_recordings_of_real_size() -> None:
+    assert len(RECORDINGS) >= 3
+    for recording in RECORDINGS:
+        assert len(recording.points) > 150
+        assert len(recording.truth()) > 100
+        assert recording.about["hardware"]
+        assert recording.about["date"]
+
+
+@pytest.mark.parametrize("recording", RECORDINGS, ids=lambda r: r.name)
+def test_within_one_per_cent_with_a_quarter_of_the_looks(recording: Recording) -> None:
+    """Replays are data and seeds: this does not depend on the machine. `attnreg bench tuner` runs 20 seeds."""
+    [row] = compare([recording], seeds=5)
+    assert row.share <= 0.25
+    assert row.gap <= 0.01
+
+
+def test_the_table_names_every_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(replay, "recordings", lambda: [small()])
+    rows = replay.show(Console(file=out, width=200), seeds=2)
+    assert rows[0].name == "hand"
+    assert "hand" in out.getvalue()
+    assert "goal" in out.getvalue()
