@@ -182,6 +182,12 @@ def _eps(p: Problem) -> tuple[float, float]:
     return float(torch.finfo(dtype).eps), 0.5 if dtype in HALF else 8.0
 
 
+def _smallest(p: Problem) -> float:
+    """Below this a dtype keeps no relative precision: float32 kernels flush such numbers to 0."""
+    info = torch.finfo(p.out_dtype)
+    return float(info.smallest_normal) * (1e-3 if p.out_dtype == torch.float16 else 1e3)
+
+
 def _steepness(p: Problem, parts: list[Part]) -> float:
     """How much a relative error of a logit counts: logits of size 100 make an error of 100 eps in every weight."""
     if p.out_dtype in HALF:
@@ -198,7 +204,7 @@ def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -
     if quantised:
         limits = {"out": Limit(4 * worst + 1e-5, 3 * mean + 1e-7 * amplitude)}
     else:
-        limits = {"out": Limit(2 * worst + eps * amplitude * (units + _steepness(p, parts)))}
+        limits = {"out": Limit(2 * worst + eps * amplitude * (units + _steepness(p, parts)) + _smallest(p))}
     lse, lse_plain = _join([part.lse for part in parts]), _join([part.lse for part in plain]).double()
     finite = lse.isfinite() & lse_plain.isfinite()
     worst = _largest((lse - lse_plain)[finite])
@@ -210,7 +216,7 @@ def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -
 def _grad_limit(p: Problem, grad: Tensor, plain: Tensor, noise: float, quantised: bool) -> Limit:
     worst = _largest(plain - grad)
     amplitude, (eps, units) = _largest(grad), _eps(p)
-    floor = eps * amplitude * 2 * units + noise
+    floor = eps * amplitude * 2 * units + noise + _smallest(p)
     return Limit((4 if quantised else 3) * worst + floor + (1e-5 if quantised else 0.0))
 
 

@@ -81,7 +81,8 @@ class BackendConformance:
         assert not space.reasons(space.default), "the default configuration is not in the space"
         draw = random.Random(case.name)
         tried = [dict(space.default)]
-        for config in [*space.seeds[:1], *(space.sample(draw) for _ in range(self.configurations))]:
+        others = [*space.seeds[:1], *(space.sample(draw) for _ in range(self.configurations))]
+        for config in others[: self.configurations]:
             if dict(config) not in tried:
                 tried.append(dict(config))
                 self._check(self._prepare(inputs.problem, config), inputs, f"configuration {dict(config)}")

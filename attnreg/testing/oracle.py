@@ -178,7 +178,9 @@ def _chunk(
     score = _score(spec, q, k, tensors).to(_statistics(q.dtype))
     score = torch.where(may, score, torch.zeros((), dtype=score.dtype, device=q.device))
     if spec.softcap:
-        score = spec.softcap * torch.tanh(score / spec.softcap)
+        raw, score = score, spec.softcap * torch.tanh(score / spec.softcap)
+        if how.tremble:  # where tanh is saturated, 1 - tanh ** 2 is off by eps, not by eps of itself
+            score = score + (2 / (4 + score.abs())).detach() * (raw - raw.detach())
     if spec.bias:
         score = score + _part_of(tensors["bias"], one, rows).to(score.dtype)
     if spec.alibi:

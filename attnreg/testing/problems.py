@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,12 @@ class Case:
     def spec(self) -> AttentionSpec:
         """What is asked for."""
         return self.problem.spec
+
+    def bare(self) -> Case:
+        """The same case with neither gradients nor lse: what a backend that only runs forward can serve."""
+        spec = self.spec.model_copy(update={"return_lse": False})
+        problem = replace(self.problem, spec=spec, grads=frozenset())
+        return replace(self, name=f"{self.name}/bare", problem=problem)
 
     def inputs(self, device: str | None = None) -> Inputs:
         """The case's tensors: the same at every call."""
@@ -247,6 +253,7 @@ def cases(*, slow: bool = False) -> tuple[Case, ...]:
     out = [_case(row, flavour, dtype, sq, skv) for row in features() for flavour, dtype, sq, skv in plan]
     if not slow:
         out += _lengths() + _values()
+        out += [_case(row, "normal", "float32", 67, 130).bare() for row in features()]
     names = [case.name for case in out]
     assert len(set(names)) == len(names), "two cases of one name"
     return tuple(out)
