@@ -45,6 +45,8 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     UnsupportedError with every backend's reasons where none can run it.
     """
     if torch.compiler.is_compiling():
+        if tensors.get("generator") is not None:
+            raise InputError("generator", "torch.compile cannot carry one into its graph; seed torch's own RNG instead")
         _open_graph_call()
         return _graph_call(spec, q, k, v, tensors)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -56,7 +56,8 @@ def explain(
     else:
         _print(explanation)
     if show_mask:
-        typer.echo(said.show(sq, keys, **{n: x for n, x in made.tensors.items() if isinstance(x, torch.Tensor)}))
+        named: dict[str, Any] = {n: x for n, x in made.tensors.items() if isinstance(x, torch.Tensor)}
+        typer.echo(said.show(sq, keys, **named))
 
 
 def _four(shape: str) -> tuple[int, int, int, int]:
