@@ -78,7 +78,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         "block_kv": _default_block(problem),
         "kv_heads": heads[-1] if beside else 1,
         "widen_rows": 9,
-        "prefetch": 8192,
+        "prefetch": 4096 if problem.kv_dtype == "float32" else 8192,
     }
     narrow = problem.kv_dtype != "float32"
     return SearchSpace(
@@ -96,7 +96,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
                 lambda c: _scratch(problem, c) <= (hardware.caches[1] or 2**19) or c == default,
             )
         ],
-        seeds=[default, {**default, "block_kv": 128}, {**default, "prefetch": 4096}],
+        seeds=[default, {**default, "block_kv": 128}, {**default, "prefetch": 16384}],
     )
 
 

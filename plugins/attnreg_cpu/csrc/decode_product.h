@@ -3,6 +3,7 @@
 // Keys and values come as one pointer a row, so that strided tensors and pages look alike. Few rows read keys in their own type, along
 // the head dimension; many rows stand in lanes and take float32 keys element by element, which needs no sums across lanes.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "decode_types.h"
@@ -34,23 +35,23 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     return v[0];
 }
 
-// How many places on the row to ask for stands; 0: none is asked for. `once` says that what comes is read a single time, so that it
-// need not displace anything from the caches behind the first.
+// Rows to ask for stand `rows` places on (0: none is asked for); all of a row's `bytes` are wanted. What comes is read from the first
+// cache only (see STRIP), so it need not displace anything from those behind.
 struct Ahead {
-    int64_t rows = 0;
-    bool once = false;
+    int64_t rows = 0, bytes = 0;
 
-    ATTNREG_INLINE void ask(const void* at) const {
-        if (once) {
-            __builtin_prefetch(at, 0, 0);
-        } else {
-            __builtin_prefetch(at, 0, 3);
-        }
-    }
-    void ask_row(const void* row, int64_t bytes) const {
+    ATTNREG_INLINE static void ask(const void* at) { __builtin_prefetch(at, 0, 0); }
+    ATTNREG_INLINE void ask_row(const void* row) const {
         for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(row) + at);
     }
 };
+
+// Bytes of keys or values that all rows and columns take before the next ones come: they stay in the first cache meanwhile.
+constexpr int64_t STRIP = 16384;
+template <class T>
+int64_t strip_rows(int64_t dim) {
+    return std::max<int64_t>(STRIP / (dim * int64_t(sizeof(T))) / LANES, 1) * LANES;
+}
 
 // sum[r][k] += q[r] * key[k], N registers of the head dimension.
 template <int N, class T, int ROWS, int STEP>
@@ -118,17 +119,22 @@ void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t co
 
 // Scores of `rows` rows; `keys` is readable up to the next multiple of LANES.
 template <class T>
-void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, Ahead ahead,
+void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, Ahead asked,
               float* scores, int64_t stride) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, ahead = {}) {
-        dot_rows<T, 4>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
+    const int64_t strip = strip_rows<T>(dim);
+    for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
+        const int64_t part = std::min(strip, count - k);
+        Ahead ahead = asked;
+        int64_t r = 0;
+        const auto take = [&](auto block) {
+            constexpr int ROWS = decltype(block)::value;
+            dot_rows<T, ROWS>(q + r * q_stride, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
+            r += ROWS, ahead = {};
+        };
+        while (r + 4 <= rows) take(std::integral_constant<int, 4>());
+        if (r + 2 <= rows) take(std::integral_constant<int, 2>());
+        if (r < rows) take(std::integral_constant<int, 1>());
     }
-    if (r + 2 <= rows) {
-        dot_rows<T, 2>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
-        r += 2, ahead = {};
-    }
-    if (r < rows) dot_rows<T, 1>(q + r * q_stride, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
 }
 
 // The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
@@ -137,7 +143,7 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
                     float* scores, int64_t stride) {
     constexpr int KEYS = LANES < 8 ? LANES : 8;
     for (int64_t k = 0; k < count; k += LANES) {
-        for (int i = 0; i < LANES && ahead.rows > 0; ++i) ahead.ask_row(keys[k + i + ahead.rows], dim * int64_t(sizeof(float)));
+        for (int i = 0; i < LANES && ahead.rows > 0; ++i) ahead.ask_row(keys[k + i + ahead.rows]);
         vfloat block[VECTORS][LANES];
         for (int first = 0; first < LANES; first += KEYS) {
             vfloat sum[VECTORS][KEYS] = {};
@@ -166,13 +172,18 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
 
 // `rows` rounded up to whole registers may be read and written.
 inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
-                           int64_t dim, Ahead ahead, float* scores, int64_t stride) {
+                           int64_t dim, Ahead asked, float* scores, int64_t stride) {
     constexpr int VECTORS = VECTOR_REGISTERS > 16 ? 2 : 1;
-    int64_t r = 0;
-    for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES, ahead = {}) {
-        broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
+    const int64_t strip = strip_rows<float>(dim);
+    for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
+        const int64_t part = std::min(strip, count - k);
+        Ahead ahead = asked;
+        int64_t r = 0;
+        for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES, ahead = {}) {
+            broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
+        }
+        if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
     }
-    if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, count, dim, ahead, scores + r * stride, stride);
 }
 
 // out[r] = out[r] * rescale[r] + sum over k of weights[r * stride + k] * values[k], columns `column` to `column` + COLS * LANES.
@@ -186,7 +197,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
     }
     for (int64_t k = 0; k < count; ++k) {
         const T* value = values[k] + column;
-        if (ahead.rows > 0) ahead.ask_row(values[k + ahead.rows] + column, COLS * LANES * int64_t(sizeof(T)));
+        if (ahead.rows > 0) ahead.ask_row(values[k + ahead.rows]);
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
         constexpr int N = COLS < Together<T>::value ? 1 : Together<T>::value;
@@ -212,7 +223,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
 template <class T, int ROWS, int COLS>
 void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
                  int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
-    for (; column + COLS * LANES <= dim; column += COLS * LANES) {
+    for (; column + COLS * LANES <= dim; column += COLS * LANES, ahead = {}) {
         add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
     if constexpr (COLS > 1) {
@@ -222,20 +233,27 @@ void add_columns(const float* weights, int64_t stride, const float* rescale, con
     }
 }
 
+// `rescale` is used up: it holds ones afterwards.
 template <class T>
-void add_tile(const float* weights, int64_t stride, int64_t rows, const float* rescale, const T* const* values, int64_t count,
-              int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
+void add_tile(const float* weights, int64_t stride, int64_t rows, float* rescale, const T* const* values, int64_t count, int64_t dim,
+              Ahead asked, float* out, int64_t out_stride) {
     constexpr int SUMS = VECTOR_REGISTERS > 16 ? 16 : 8;
-    int64_t r = 0;
-    const auto add = [&](auto block) {
-        constexpr int ROWS = decltype(block)::value, COLS = SUMS / ROWS < 8 ? SUMS / ROWS : 8;
-        add_columns<T, ROWS, COLS>(weights + r * stride, stride, rescale + r, values, count, 0, dim, ahead, out + r * out_stride,
-                                   out_stride);
-        r += ROWS, ahead = {};
-    };
-    while (r + 4 <= rows) add(std::integral_constant<int, 4>());
-    if (r + 2 <= rows) add(std::integral_constant<int, 2>());
-    if (r < rows) add(std::integral_constant<int, 1>());
+    const int64_t strip = strip_rows<T>(dim);
+    for (int64_t k = 0; k < count; k += strip, values += strip, weights += strip) {
+        const int64_t part = std::min(strip, count - k);
+        Ahead ahead = asked;
+        int64_t r = 0;
+        const auto add = [&](auto block) {
+            constexpr int ROWS = decltype(block)::value, COLS = SUMS / ROWS < 8 ? SUMS / ROWS : 8;
+            add_columns<T, ROWS, COLS>(weights + r * stride, stride, rescale + r, values, part, 0, dim, ahead, out + r * out_stride,
+                                       out_stride);
+            r += ROWS, ahead = {};
+        };
+        while (r + 4 <= rows) add(std::integral_constant<int, 4>());
+        if (r + 2 <= rows) add(std::integral_constant<int, 2>());
+        if (r < rows) add(std::integral_constant<int, 1>());
+        std::fill(rescale, rescale + rows, 1.0f);
+    }
 }
 
 }  // namespace attnreg

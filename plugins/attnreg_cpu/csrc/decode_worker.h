@@ -132,27 +132,26 @@ class Worker {
 
     void attend(int64_t h, int64_t first, int64_t count, State state) {
         const int64_t kv_head = task_->head + h, padded = round_up(count, LANES), rows = task_->rows;
-        // One, two and four rows take keys and values in one pass; widened ones are read from the copy.
-        const Ahead ahead{s_.ahead, staged_ || rows <= 2 || rows == 4}, none;
+        const Ahead none, keys_ahead{s_.ahead, s_.head_k * int64_t(sizeof(T))}, values_ahead{s_.ahead, s_.head_v * int64_t(sizeof(T))};
         list_rows(h, count, padded);
         const T* const* values = keys_ + padded;
-        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, ahead, staged_keys_, wide_keys_);
+        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, keys_ahead, staged_keys_, wide_keys_);
         const float* q = q_ + slot(h) * s_.stride_k;
         if (in_lanes_) {
             const float* columns = q_columns_ + slot(h) * s_.head_k;
-            broadcast_tile(columns, s_.rows, rows, floats(keys_, wide_keys_), padded, s_.head_k, staged_ ? none : ahead, scores_, s_.tile);
+            broadcast_tile(columns, s_.rows, rows, floats(keys_, wide_keys_), padded, s_.head_k, staged_ ? none : keys_ahead, scores_, s_.tile);
         } else if (staged_) {
             dot_tile(q, s_.stride_k, rows, wide_keys_, padded, s_.head_k, none, scores_, s_.tile);
         } else {
-            dot_tile(q, s_.stride_k, rows, keys_, padded, s_.head_k, ahead, scores_, s_.tile);
+            dot_tile(q, s_.stride_k, rows, keys_, padded, s_.head_k, keys_ahead, scores_, s_.tile);
         }
         weigh(kv_head, first, count, state.rows + slot(h));
         float* sums = state.sums + slot(h) * s_.stride_v;
         if (staged_) {
-            widen_rows(values, count, s_.head_v, s_.stride_v, ahead, staged_values_, wide_values_);
+            widen_rows(values, count, s_.head_v, s_.stride_v, values_ahead, staged_values_, wide_values_);
             add_tile(scores_, s_.tile, rows, rescale_, wide_values_, count, s_.head_v, none, sums, s_.stride_v);
         } else {
-            add_tile(scores_, s_.tile, rows, rescale_, values, count, s_.head_v, ahead, sums, s_.stride_v);
+            add_tile(scores_, s_.tile, rows, rescale_, values, count, s_.head_v, values_ahead, sums, s_.stride_v);
         }
     }
 
@@ -165,7 +164,7 @@ class Worker {
 
     static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, Ahead ahead, float* staged, const float** wide) {
         for (int64_t j = 0; j < count; ++j) {
-            if (ahead.rows > 0) ahead.ask_row(rows[j + ahead.rows], dim * int64_t(sizeof(T)));
+            if (ahead.rows > 0) ahead.ask_row(rows[j + ahead.rows]);
             float* to = staged + j * stride;
             int64_t d = 0;
             for (; d + LANES <= dim; d += LANES) store(to + d, load_wide(rows[j] + d));
