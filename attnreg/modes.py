@@ -68,7 +68,7 @@ def tune_missed(problem: Problem) -> None:
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]  # torch lacks the annotation
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ __all__ = ["Match", "Store", "current", "data_dir", "offer", "on_change", "shipp
 _LAYERS: tuple[Rung, ...] = ("user", "plugin", "shipped")
 MAX_DISTANCE = 4.0
 """Octaves of batch and length, in all, beyond which a neighbour says nothing."""
+MAX_MATCHES = 64
+"""The nearest so many records are looked at: a class of problems may have hundreds."""
 
 
 @dataclass
@@ -71,12 +73,15 @@ class Store:
             return []
         threads = torch.get_num_threads() if hardware.kind == "cpu" else None
         slugs = (hardware.slug, hardware.arch.replace("_", "-").lower())
+        bucket = problem.bucket()
+        near = [(distance(bucket, r.problem.bucket()), layer, r) for layer, r in self._indexed(slugs).get(wanted, ())]
+        near = [item for item in near if item[2].policy.cache == cache and item[0] <= MAX_DISTANCE]
+        near.sort(key=lambda item: item[0])
         ranked = []
-        for layer, record in self._indexed(slugs).get(wanted, ()):
-            away = distance(problem.bucket(), record.problem.bucket())
-            if record.policy.cache != cache or away > MAX_DISTANCE:
-                continue
-            stale = record.stale(hardware, versions, threads) if record.origin == "measured" else ()
+        for away, layer, record in near[:MAX_MATCHES]:
+            stale = record.stale(hardware, versions, threads)
+            if record.origin == "static":  # made for the architecture: only its compiler's input can age
+                stale = tuple(what for what in stale if what.startswith("version of"))
             rung: Rung = "static" if record.origin == "static" else layer if away == 0 else "nearest"
             match = Match(rung, record.backend, dict(record.config), record, away, stale, layer)
             within = distance(problem, record.problem)
