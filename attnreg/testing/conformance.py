@@ -41,13 +41,15 @@ class BackendConformance:
 
     cases: what to run; the table's own unless said otherwise (`cases(slow=True)` is the larger grid). device:
     where the tensors lie. configurations: how many points of the backend's search space, besides its default,
-    each core case is run with.
+    each core case is run with. poison: fill what torch allocates with NaN in one of the runs; it makes compiled
+    backends compile again. Memory that was just freed is filled in any case.
     """
 
     backend: ClassVar[Backend]
     cases: ClassVar[Sequence[Case]] = ()
     device: ClassVar[str] = "cpu"
     configurations: ClassVar[int] = 2
+    poison: ClassVar[bool] = True
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Parametrise each test by the cases that it is about."""
@@ -126,6 +128,6 @@ class BackendConformance:
         return self.backend.prepare(problem, chosen)
 
     def _check(self, run: Callable[..., Any], inputs: Inputs, what: str = "") -> None:
-        result = check_inputs(run, inputs)
+        result = check_inputs(run, inputs, poison=self.poison)
         if not result.ok:
             pytest.fail(f"{result.reason}\n{what or 'default configuration'}; {inputs}", pytrace=False)
