@@ -11,18 +11,19 @@
 typedef float lanes __attribute__((vector_size(BYTES)));
 enum { LANES = BYTES / 4, CHAINS = 12 };
 
-/* `rounds` times CHAINS independent multiply-adds; returns the number of floating-point operations. */
+/* `rounds` times CHAINS independent multiply-adds; returns the number of floating-point operations. Named variables,
+   not an array: gcc keeps an array of chains in memory. */
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define START(N) lanes sum##N = plus * (float)N;
+#define STEP(N) sum##N = sum##N * by + plus;
+#define ADD(N) total += sum##N;
 double attnreg_fma(long rounds, float *sink) {
-    lanes sums[CHAINS], by, plus;
-    for (int n = 0; n < LANES; n++) { by[n] = 0.999f; plus[n] = 1e-3f; }
-    for (int c = 0; c < CHAINS; c++) sums[c] = plus * (float)c;
-    for (long r = 0; r < rounds; r++) {
-#pragma GCC unroll 12
-        for (int c = 0; c < CHAINS; c++) sums[c] = sums[c] * by + plus;
-        __asm__ volatile("" ::: "memory");
-    }
-    for (int c = 0; c < CHAINS; c++)
-        for (int n = 0; n < LANES; n++) *sink += sums[c][n];
+    lanes by, plus, total;
+    for (int n = 0; n < LANES; n++) { by[n] = 0.999f; plus[n] = 1e-3f; total[n] = 0; }
+    EACH(START)
+    for (long r = 0; r < rounds; r++) { EACH(STEP) }
+    EACH(ADD)
+    for (int n = 0; n < LANES; n++) *sink += total[n];
     return 2.0 * (double)rounds * CHAINS * LANES;
 }
 

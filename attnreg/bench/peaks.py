@@ -83,7 +83,7 @@ def _compiled() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "peak.so"
         source = files("attnreg.bench") / "peak.c"
-        command = [compiler, "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", str(source), "-o", str(made)]
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(made)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             return None
         library = ctypes.CDLL(str(made))
