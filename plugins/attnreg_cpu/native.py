@@ -51,7 +51,6 @@ class NativeBackend:
             return decode_prepare(problem, config)
         return prefill_prepare(problem, config)
 
-
     def build_ahead(self, hardware: Hardware, **options: Any) -> int:
         """Compile what calls would compile at first use; see ahead.build_all. Returns how many libraries there are."""
         from attnreg_cpu.ahead import build_all

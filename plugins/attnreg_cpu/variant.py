@@ -45,11 +45,11 @@ class Variant:
 
     def kernel(self, symbol: str) -> Kernel:
         """The compiled entry point `symbol`, which takes packed params and returns 0 on success."""
-        return _kernel(self, symbol)
+        return load_kernel(self, symbol)
 
 
 @functools.cache
-def _kernel(variant: Variant, symbol: str) -> Kernel:
+def load_kernel(variant: Variant, symbol: str) -> Kernel:
     library = build.load(build.build(variant.source, variant.defines()))
     size = library.attnreg_params_size
     size.restype = ctypes.c_int64

@@ -35,18 +35,20 @@ class Backward {
     static constexpr int OPERANDS_V = (HEAD_V + Operand::WIDTH - 1) / Operand::WIDTH;
     static constexpr int PADDED_K = (HEAD_K + LANES - 1) / LANES * LANES;
     static constexpr int PADDED_V = (HEAD_V + LANES - 1) / LANES * LANES;
+    static constexpr bool PAIRED = Operand::WIDTH == 2;
     static constexpr int64_t MOST_ROWS = 16;
     static constexpr int64_t ROUND = 8;  // keys of a tile's run are rounded up to it where the run goes on
 
     struct GradientTile {
         Tile<Operand> tile;   // `output` holds dq
         Operand* d_out;       // [operands of a row][lanes]
-        Single *query_rows, *d_out_rows;  // [lane][PADDED], queries times scale
+        Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
         float *lse, *delta;   // [lanes]
     };
     struct Buffers {
         Operand *keys, *values;
-        Single* key_rows;  // float32 rows, for dq
+        Operand* key_rows;  // [key / WIDTH][channel], for dq
+        Operand *weight_rows, *d_rows, *d_keys;  // pairs only: weights and d_scores along lanes, d_scores along keys
         float *scores, *d_scores, *peak, *ones, *bias, *allowed, *softcap_slope;
         int32_t* bits;
     };
@@ -63,7 +65,10 @@ class Backward {
         const int64_t block = p_.block_kv + MOST_ROWS;
         b.keys = carver.take<Operand>(block * OPERANDS_K);
         b.values = carver.take<Operand>(block * OPERANDS_V);
-        b.key_rows = carver.take<Single>(block * HEAD_K);
+        b.key_rows = carver.take<Operand>(block * HEAD_K);
+        b.weight_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
+        b.d_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
+        b.d_keys = carver.take<Operand>(PAIRED ? (block + 1) / 2 * FULL : 0);
         b.scores = carver.take<float>(block * FULL);
         b.d_scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
@@ -75,8 +80,8 @@ class Backward {
         for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) {
             place_tile<VECTORS, OPERANDS_K, HEAD_K>(carver, tiles[t].tile);
             tiles[t].d_out = carver.take<Operand>(OPERANDS_V * FULL);
-            tiles[t].query_rows = carver.take<Single>(FULL * PADDED_K);
-            tiles[t].d_out_rows = carver.take<Single>(FULL * PADDED_V);
+            tiles[t].query_rows = carver.take<Operand>(FULL * PADDED_K);
+            tiles[t].d_out_rows = carver.take<Operand>(FULL * PADDED_V);
             tiles[t].lse = carver.take<float>(FULL);
             tiles[t].delta = carver.take<float>(FULL);
         }
@@ -85,7 +90,7 @@ class Backward {
     struct Run {
         int64_t first, count;
         const Operand *keys, *values;
-        const Single* key_rows;
+        const Operand* key_rows;
         int64_t key_stride, value_stride, key_row_stride;
         int64_t bits;  // block layout: number of its bit tile; -1 is none
     };
@@ -172,8 +177,8 @@ class Backward {
             }
             pack_lanes<HEAD_K>(queries, t.count, t.lanes(), t.query);
             pack_lanes<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out);
-            pack_rows<HEAD_K, PADDED_K>(queries, t.count, t.lanes(), float(p_.scale), g.query_rows);
-            pack_rows<HEAD_V, PADDED_V>(d_outs, t.count, t.lanes(), 1.0f, g.d_out_rows);
+            pack_rows<HEAD_K, PADDED_K>(queries, t.count, t.lanes(), g.query_rows);
+            pack_rows<HEAD_V, PADDED_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
             std::fill(t.output, t.output + HEAD_K * t.lanes(), 0.0f);
             for (int64_t i = 0; i < t.lanes(); ++i) {
                 g.lse[i] = INFINITY_F;  // makes every weight 0
@@ -183,7 +188,7 @@ class Backward {
                 const float lse = *row(static_cast<const float*>(p_.lse), p_.lse_batch, p_.lse_head, p_.lse_row, t.row + i);
                 if (lse == -INFINITY_F) continue;
                 float delta = 0.0f;
-                for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * g.d_out_rows[i * PADDED_V + d].value;
+                for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
                 if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t.row + i);
                 g.lse[i] = lse;
                 g.delta[i] = delta;
@@ -197,10 +202,9 @@ class Backward {
             pack_keys<HEAD_K, Operand, T>(key_at, count, padded, b_.keys);
             pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
             Run run{first, count, b_.keys, b_.values, nullptr, OPERANDS_K, OPERANDS_V, HEAD_K, bits};
-            if constexpr (std::is_same<Operand, Single>::value) {
-                run.key_rows = b_.keys;
-            } else {
-                pack_keys<HEAD_K, Single, T>(key_at, count, count, b_.key_rows);
+            run.key_rows = b_.keys;
+            if constexpr (PAIRED) {
+                pack_values<HEAD_K, T>(key_at, count, b_.key_rows);
                 run.key_rows = b_.key_rows;
             }
             for (int64_t n = 0; n < tile_count_; ++n) differentiate_tile(run, tiles_[n]);
@@ -220,7 +224,7 @@ class Backward {
             const int64_t skip = run.first - whole.first;
             run.keys += skip * run.key_stride;
             run.values += skip * run.value_stride;
-            run.key_rows += skip * run.key_row_stride;
+            run.key_rows += skip / Operand::WIDTH * run.key_row_stride;
             differentiate_vectors(run, g);
         }
 
@@ -255,31 +259,69 @@ class Backward {
                 modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
                 scale = 1.0f;
             }
-            differentiate_softmax<NV>(run.count, scale, g);
+            // The bias joins after scale and softcap, so its gradient is taken off before they are applied.
+            const bool later = p_.d_bias || p_.softcap > 0;
+            differentiate_softmax<NV>(run.count, scale, later ? 1.0f : float(p_.scale), g);
             if (p_.d_bias) scatter_bias(run, t);
-            if (p_.softcap > 0) {
+            if (later) {
                 for (int64_t i = 0; i < run.count * lanes; i += LANES) {
-                    store(b_.d_scores + i, load(b_.d_scores + i) * load(b_.softcap_slope + i));
+                    const vfloat slope = p_.softcap > 0 ? load(b_.softcap_slope + i) : splat(1.0f);
+                    store(b_.d_scores + i, load(b_.d_scores + i) * slope * splat(float(p_.scale)));
                 }
             }
-            const Single* weights = reinterpret_cast<const Single*>(b_.scores);
-            const Single* d_scores = reinterpret_cast<const Single*>(b_.d_scores);
-            accumulate_rows<PADDED_V>(run.count, lanes, weights, lanes, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
-            accumulate_rows<PADDED_K>(run.count, lanes, d_scores, lanes, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
-            multiply_values<NV, HEAD_K>(run.count, run.key_rows, run.key_row_stride, d_scores, t.output, b_.ones);
+            const Operands ready = operands<NV>(run.count);
+            constexpr int64_t depth = lanes / Operand::WIDTH;
+            accumulate_rows<PADDED_V>(run.count, depth, ready.weights, depth, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
+            accumulate_rows<PADDED_K>(run.count, depth, ready.d_rows, depth, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
+            const int64_t key_depth = (run.count + Operand::WIDTH - 1) / Operand::WIDTH;
+            multiply_values<NV, HEAD_K>(key_depth, run.key_rows, run.key_row_stride, ready.d_keys, t.output, b_.ones);
         }
 
-        // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta).
+        // Weights and d_scores as the three products take them.
+        struct Operands {
+            const Operand *weights, *d_rows, *d_keys;
+        };
         template <int NV>
-        void differentiate_softmax(int64_t count, float scale, const GradientTile& g) {
-            const vfloat factor = splat(scale);
+        Operands operands(int64_t count) {
+            if constexpr (PAIRED) {
+                to_pairs<NV>(count);
+                return {b_.weight_rows, b_.d_rows, b_.d_keys};
+            } else {
+                const Operand* d = reinterpret_cast<const Operand*>(b_.d_scores);
+                return {reinterpret_cast<const Operand*>(b_.scores), d, d};
+            }
+        }
+        template <int NV>
+        void to_pairs(int64_t count) {
+            constexpr int64_t lanes = NV * LANES;
+            for (int64_t j = 0; j < count; j += 2) {
+                for (int v = 0; v < NV; ++v) {
+                    const int64_t at = j * lanes + v * LANES;
+                    const bool both = j + 1 < count;
+                    const vfloat d_first = load(b_.d_scores + at), d_second = both ? load(b_.d_scores + at + lanes) : zero();
+                    store_pairs(b_.weight_rows + at / 2, load(b_.scores + at));
+                    store_pairs(b_.d_rows + at / 2, d_first);
+                    if (both) {
+                        store_pairs(b_.weight_rows + (at + lanes) / 2, load(b_.scores + at + lanes));
+                        store_pairs(b_.d_rows + (at + lanes) / 2, d_second);
+                    }
+                    const vint pair = make_pairs(d_first, d_second);
+                    std::memcpy(b_.d_keys + j / 2 * lanes + v * LANES, &pair, sizeof(pair));
+                }
+            }
+        }
+
+        // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta) * d_scale.
+        template <int NV>
+        void differentiate_softmax(int64_t count, float scale, float d_scale, const GradientTile& g) {
+            const vfloat factor = splat(scale), d_factor = splat(d_scale);
             vfloat lse[NV], delta[NV];
             for (int v = 0; v < NV; ++v) lse[v] = load(g.lse + v * LANES), delta[v] = load(g.delta + v * LANES);
             for (int64_t j = 0; j < count; ++j) {
                 for (int v = 0; v < NV; ++v) {
                     const int64_t at = (j * NV + v) * LANES;
                     const vfloat weight = vexp(fma(load(b_.scores + at), factor, -lse[v]));
-                    const vfloat change = weight * (load(b_.d_scores + at) - delta[v]);
+                    const vfloat change = weight * (load(b_.d_scores + at) - delta[v]) * d_factor;
                     store(b_.scores + at, weight);
                     // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.
                     store(b_.d_scores + at, select(weight == 0.0f, zero(), change));
@@ -302,7 +344,7 @@ class Backward {
         void finish(const Tile<Operand>& t) {
             float factor[FULL];
             T* pointers[FULL];
-            std::fill(factor, factor + FULL, float(p_.scale));
+            std::fill(factor, factor + FULL, 1.0f);
             for (int64_t i = 0; i < t.count; ++i) {
                 pointers[i] = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t.row + i);
             }

@@ -93,8 +93,8 @@ void multiply_values(int64_t depth, const Operand* values, int64_t stride, const
     }
 }
 
-template <int MR, int NV>
-ATTNREG_INLINE void accumulate_rows_block(int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows,
+template <int MR, int NV, class Operand>
+ATTNREG_INLINE void accumulate_rows_block(int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows,
                                           int64_t row_stride, float* out, int64_t out_stride) {
     vfloat acc[MR][NV];
 #pragma GCC unroll 16
@@ -110,8 +110,8 @@ ATTNREG_INLINE void accumulate_rows_block(int64_t depth, const Single* weights, 
     }
 }
 
-template <int MR, int CHANNELS>
-ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows, float* out,
+template <int MR, int CHANNELS, class Operand>
+ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
                                        int64_t out_stride) {
     constexpr int VECTORS = CHANNELS / LANES, NV = VECTORS % 2 == 0 ? 2 : 1;
     for (int v = 0; v < VECTORS; v += NV) {
@@ -119,9 +119,10 @@ ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Single* weights, int
     }
 }
 
-// out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES.
-template <int CHANNELS>
-void accumulate_rows(int64_t count, int64_t depth, const Single* weights, int64_t weight_stride, const Single* rows, float* out,
+// out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES. `depth` and strides count
+// operands along the lanes.
+template <int CHANNELS, class Operand>
+void accumulate_rows(int64_t count, int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
                      int64_t out_stride) {
     constexpr int MR = micro_rows(CHANNELS / LANES % 2 == 0 ? 2 : 1);
     int64_t j = 0;

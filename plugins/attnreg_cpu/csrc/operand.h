@@ -37,6 +37,11 @@ ATTNREG_INLINE vint make_pairs(vfloat first, vfloat second) {
     const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second)), 16);
     return (vint)_mm512_or_si512(low, high);
 }
+// Neighbouring lanes as pairs: LANES / 2 operands.
+ATTNREG_INLINE void store_pairs(Pair* out, vfloat values) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)values);
+    std::memcpy(out, &half, sizeof(half));
+}
 #endif
 
 }  // namespace attnreg

@@ -40,13 +40,37 @@ void pack_lanes(const T* const* rows, int64_t count, int64_t lanes, Operand* out
     }
 }
 
-// Rows as they are, widened and multiplied: out[lane][d], lanes past `count` and channels past CHANNELS are 0.
+// Rows as they are, widened: out[lane][d], lanes past `count` and channels past CHANNELS are 0.
 template <int CHANNELS, int PADDED, class T>
-void pack_rows(const T* const* rows, int64_t count, int64_t lanes, float factor, Single* out) {
+void pack_rows(const T* const* rows, int64_t count, int64_t lanes, Single* out) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
         for (int64_t d = 0; d < PADDED; d += LANES) {
-            const vfloat wide = lane < count ? load_operands(Single(), rows[lane] + 0, d, CHANNELS - d) * splat(factor) : zero();
+            const vfloat wide = lane < count ? load_operands(Single(), rows[lane], d, CHANNELS - d) : zero();
             std::memcpy(out + lane * PADDED + d, &wide, sizeof(wide));
+        }
+    }
+}
+
+// Values d ... d + LANES - 1 of two rows as pairs; null rows and channels past the end are 0.
+template <int CHANNELS>
+ATTNREG_INLINE vuint pair_rows(const bfloat_t* first, const bfloat_t* second, int64_t d) {
+    const auto part = [d](const bfloat_t* row) {
+        vhalf half = {};
+        if (row == nullptr) return half;
+        // The size of a whole vector is a constant, and its copy one load.
+        if (d + LANES <= CHANNELS) return load_as<vhalf>(row + d);
+        std::memcpy(&half, row + d, size_t(CHANNELS - d) * sizeof(bfloat_t));
+        return half;
+    };
+    return __builtin_convertvector(part(first), vuint) | (__builtin_convertvector(part(second), vuint) << 16);
+}
+// The same as pairs of lanes: out[lane / 2][d].
+template <int CHANNELS, int PADDED>
+void pack_rows(const bfloat_t* const* rows, int64_t count, int64_t lanes, Pair* out) {
+    for (int64_t lane = 0; lane < lanes; lane += 2) {
+        for (int64_t d = 0; d < PADDED; d += LANES) {
+            const vuint both = pair_rows<CHANNELS>(lane < count ? rows[lane] : nullptr, lane + 1 < count ? rows[lane + 1] : nullptr, d);
+            std::memcpy(out + lane / 2 * PADDED + d, &both, sizeof(both));
         }
     }
 }
@@ -104,14 +128,14 @@ void pack_values(RowAt row_at, int64_t count, Pair* out) {
         const bfloat_t* first = row_at(j);
         const bfloat_t* second = j + 1 < count ? row_at(j + 1) : nullptr;
         Pair* to = out + j / 2 * CHANNELS;
-        int64_t d = 0;
-        for (; d + LANES <= CHANNELS; d += LANES) {
-            const vuint low = __builtin_convertvector(load_as<vhalf>(first + d), vuint);
-            const vuint high = second ? __builtin_convertvector(load_as<vhalf>(second + d), vuint) : vuint{};
-            const vuint both = low | (high << 16);
-            std::memcpy(to + d, &both, sizeof(both));
+        for (int64_t d = 0; d < CHANNELS; d += LANES) {
+            const vuint both = pair_rows<CHANNELS>(first, second, d);
+            if (d + LANES <= CHANNELS) {
+                std::memcpy(to + d, &both, sizeof(both));
+            } else {
+                std::memcpy(to + d, &both, size_t(CHANNELS - d) * sizeof(Pair));
+            }
         }
-        for (; d < CHANNELS; ++d) to[d].bits = int32_t(first[d].bits | (second ? uint32_t(second[d].bits) << 16 : 0u));
     }
 }
 

@@ -82,6 +82,18 @@ class Carver {
 
 }  // namespace attnreg
 
+namespace attnreg {
+// What an exported entry returns: the kernel's own status, or 1 where memory is short. No exception may leave into Python.
+template <class Run>
+int64_t guarded(const Run& run) {
+    try {
+        return run();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+}  // namespace attnreg
+
 #define ATTNREG_EXPORT extern "C" __attribute__((visibility("default")))
 // Every translation unit that becomes a library exports this once; see build.py.
 #define ATTNREG_EXPORT_PARALLEL \
