@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from attnreg.bench.runtimes import UnfitError, onnxruntime_peer, openvino_peer
 from attnreg.masks import Causal, Coords, Full, as_band
 from attnreg.problem import Problem
 from attnreg.scores import ScaledDot
@@ -21,10 +22,6 @@ from attnreg.testing import Inputs
 __all__ = ["PEERS", "UnfitError"]
 
 Run = Callable[..., Any]
-
-
-class UnfitError(Exception):
-    """The peer cannot compute the problem; the text says why."""
 
 
 def allowed(p: Problem, tensors: Mapping[str, Any], q_rows: slice | None = None, keys: slice | None = None) -> Tensor:
@@ -224,5 +221,7 @@ PEERS: Mapping[str, Callable[[Problem, Inputs], Run]] = {
     "flex 64": functools.partial(_flex, 64),
     "flex 128": functools.partial(_flex, 128),
     "eager": eager,
+    "onnxruntime": onnxruntime_peer,
+    "openvino": openvino_peer,
 }
 """Contestants by name; each gives a callable, or raises UnfitError."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attnreg.bench.claims import CLAIMS, Claim
-from attnreg.bench.peaks import Peaks
 from attnreg.bench.run import OURS, CaseResult
 
 __all__ = ["Held", "hold", "markdown", "milliseconds", "ratio_text", "to_json"]
@@ -71,12 +70,12 @@ def least_text(claim: Claim) -> str:
     return f"at least {claim.least:g}x {claim.peer}"
 
 
-def markdown(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, Any]) -> str:
+def markdown(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> str:
     """A whole run as a document."""
     lines = [
         f"Machine: {machine['hardware']}, {machine['threads']} threads, {machine['memory']}; {machine['versions']}.",
-        f"Peaks, measured by the same command ({peaks.how}): {peaks.flops / 1e9:.0f} GFLOP/s in float32, "
-        f"{peaks.read / 1e9:.1f} GB/s read. Date: {machine['date']}.",
+        f"Peaks, measured with each case by {results[0].peaks.how}: {_span(r.peaks.flops / 1e9 for r in results)} "
+        f"GFLOP/s in float32, {_span(r.peaks.read / 1e9 for r in results)} GB/s read. Date: {machine['date']}.",
         "",
         f"    {machine['command']}",
         "",
@@ -94,6 +93,11 @@ def markdown(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, 
             if result.suite == name:
                 lines += _rows(result)
     return "\n".join(lines) + "\n"
+
+
+def _span(values: Iterable[float]) -> str:
+    known = sorted(values)
+    return f"{known[0]:.0f} to {known[-1]:.0f}"
 
 
 def _rows(result: CaseResult) -> list[str]:
@@ -116,11 +120,10 @@ def _one_line(text: str) -> str:
     return line if len(line) <= 120 else line[:117] + "..."
 
 
-def to_json(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, Any]) -> dict[str, Any]:
+def to_json(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data: every sample of every contestant, ratios with intervals, claims."""
     return {
         "machine": dict(machine),
-        "peaks": {"flops": peaks.flops, "read": peaks.read, "how": peaks.how},
         "cases": [
             {
                 "suite": r.suite,
@@ -128,6 +131,7 @@ def to_json(results: Sequence[CaseResult], peaks: Peaks, machine: Mapping[str, A
                 "problem": r.problem.to_json(),
                 "chosen": r.chosen,
                 "dropped": r.dropped,
+                "peaks": {"flops": r.peaks.flops, "read": r.peaks.read, "how": r.peaks.how},
                 "share_of_flops": r.shares[0],
                 "share_of_read": r.shares[1],
                 "contestants": [{"name": c.name, "samples": list(c.samples), "why": c.why} for c in r.contestants],

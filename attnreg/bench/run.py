@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attnreg import dispatch
-from attnreg.bench.peaks import Peaks
+from attnreg.bench.peaks import Peaks, measure_peaks
 from attnreg.bench.peers import PEERS, UnfitError
 from attnreg.errors import AttnregError
 from attnreg.hardware import detect
@@ -65,7 +65,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Every contestant of a case. ratios: a contestant's time over ours, (low, estimate, high)."""
+    """Every contestant of a case. ratios: a contestant's time over ours, (low, estimate, high).
+
+    shares: of the multiply-add and the read peak; peaks: as measured just before the rounds.
+    """
 
     suite: str
     case: str
@@ -75,6 +78,7 @@ class CaseResult:
     ratios: Mapping[str, Interval]
     dropped: int
     shares: tuple[float, float]
+    peaks: Peaks
     notes: tuple[str, ...] = field(default=())
 
     def get(self, name: str) -> Contestant:
@@ -88,23 +92,23 @@ class CaseResult:
         return min(timed, key=lambda c: c.median).name if timed else None
 
 
-def run_case(suite: str, case: Case, options: Options, peaks: Peaks) -> CaseResult:
-    """Prepare, check and time every contestant of a case."""
+def run_case(suite: str, case: Case, options: Options, peaks: Peaks | None = None) -> CaseResult:
+    """Prepare, check and time every contestant of a case; the peaks are measured with it, since they drift."""
     problem, inputs = case.problem, _inputs(case.problem)
     hardware = detect(problem.device)
     explained = dispatch.decision_of(inputs.problem)
     ready, idle = _prepare(inputs, options)
     clock = Clock(hardware, "warm", options.sample_seconds)
     probes = Probes(hardware)
+    peaks = peaks or measure_peaks(hardware, torch.get_num_threads())
     samples, dropped = _rounds(ready, clock, probes, options)
     contestants = [Contestant(name, tuple(samples[name])) for name in ready] + idle
     ours = samples[OURS]
     ratios = {name: _ratio(samples[name], ours, options.confidence) for name in ready if name != OURS and samples[name]}
-    middle = statistics.median(ours)
-    shares = peaks.share(problem.flops, problem.bytes, middle)
+    shares = peaks.share(problem.flops, problem.bytes, statistics.median(ours))
     config = ", ".join(f"{n}={v}" for n, v in explained.config.items())
     chosen = f"{explained.backend}({config}), {explained.source}"
-    return CaseResult(suite, case.name, problem, chosen, tuple(contestants), ratios, dropped, shares)
+    return CaseResult(suite, case.name, problem, chosen, tuple(contestants), ratios, dropped, shares, peaks)
 
 
 def _inputs(problem: Problem) -> Inputs:

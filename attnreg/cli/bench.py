@@ -16,7 +16,6 @@ from rich.table import Table
 
 from attnreg.bench.chart import write_chart
 from attnreg.bench.overhead import measure_overhead
-from attnreg.bench.peaks import Peaks, measure_peaks
 from attnreg.bench.peers import PEERS
 from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, to_json
 from attnreg.bench.run import OURS, CaseResult, Options, run_case
@@ -57,14 +56,13 @@ def bench(
     cases = [(name, case) for name, case in cases if only.lower() in case.name.lower()]
     results: list[CaseResult] = []
     if cases:
-        peaks = measure_peaks(hardware, torch.get_num_threads())
         machine = _machine(hardware)
-        _print_head(machine, peaks)
+        console.print(f"{machine['hardware']}, {machine['threads']} threads, {machine['versions']}\n", highlight=False)
         for name, case in cases:
-            results.append(run_case(name, case, options, peaks))
+            results.append(run_case(name, case, options))
             _print_case(results[-1])
         _print_claims(results)
-        _write(results, peaks, machine, json_file, chart, markdown_file)
+        _write(results, machine, json_file, chart, markdown_file)
     if "overhead" in wanted:
         _print_overhead()
     if "tuner" in wanted:
@@ -93,18 +91,14 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def _print_head(machine: dict[str, Any], peaks: Peaks) -> None:
-    console.print(
-        f"machine  {machine['hardware']}, {machine['threads']} threads, {machine['versions']}", highlight=False
-    )
-    text = f"{peaks.flops / 1e9:.0f} GFLOP/s float32, {peaks.read / 1e9:.1f} GB/s read"
-    console.print(f"peaks    {text}, measured now: {peaks.how}\n", highlight=False)
-
-
 def _print_case(result: CaseResult) -> None:
-    fma, read = result.shares
+    (fma, read), peaks = result.shares, result.peaks
     console.print(f"[bold]{escape(result.case)}[/bold]  {result.problem}", highlight=False)
-    console.print(f"attnreg ran {result.chosen}; {fma:.0%} of multiply-add, {read:.0%} of read", highlight=False)
+    console.print(
+        f"attnreg ran {result.chosen}; {fma:.0%} of {peaks.flops / 1e9:.0f} GFLOP/s, "
+        f"{read:.0%} of {peaks.read / 1e9:.1f} GB/s",
+        highlight=False,
+    )
     table = Table("contestant", "median ms", "its time over ours", box=None, pad_edge=False)
     for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
         if c.name == OURS:
@@ -130,18 +124,17 @@ def _print_claims(results: list[CaseResult]) -> None:
 
 def _write(
     results: list[CaseResult],
-    peaks: Peaks,
     machine: dict[str, Any],
     json_file: Path | None,
     chart: Path | None,
     markdown_file: Path | None,
 ) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(to_json(results, peaks, machine), indent=1) + "\n")
+        json_file.write_text(json.dumps(to_json(results, machine), indent=1) + "\n")
     if chart is not None:
         write_chart(chart, results, machine)
     if markdown_file is not None:
-        markdown_file.write_text(markdown(results, peaks, machine))
+        markdown_file.write_text(markdown(results, machine))
 
 
 def _print_overhead() -> None:

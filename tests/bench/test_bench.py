@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -51,7 +52,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in peers.PEERS if not n.startswith("flex")])
+TORCH_PEERS = [n for n in peers.PEERS if not n.startswith(("flex", "onnx", "openvino"))]
+
+
+@pytest.mark.parametrize("name", TORCH_PEERS)
 def test_a_peer_is_right_on_what_it_takes_and_takes_something(name: str) -> None:
     taken = 0
     for problem in SMALL.values():
@@ -64,6 +68,21 @@ def test_a_peer_is_right_on_what_it_takes_and_takes_something(name: str) -> None
         assert verdict.ok, f"{problem}: {verdict.reason}"
         taken += 1
     assert taken
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_runtime_is_right_where_it_is_installed_and_says_so_where_it_is_not(name: str) -> None:
+    installed = all(
+        importlib.util.find_spec(part) for part in {"onnxruntime": ("onnx", "onnxruntime")}.get(name, (name,))
+    )
+    for problem in (SMALL["full"], SMALL["decode"]):
+        inputs = run._inputs(problem)
+        if not installed:
+            with pytest.raises(peers.UnfitError, match="installed"):
+                peers.PEERS[name](inputs.problem, inputs)
+            continue
+        verdict = check_inputs(peers.PEERS[name](inputs.problem, inputs), inputs, poison=False)
+        assert verdict.ok, f"{problem}: {verdict.reason}"
 
 
 def test_a_peer_that_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +125,7 @@ def result(case: str, share: float = 0.5, **ratios: float) -> CaseResult:
     contestants = [Contestant(OURS, (1e-3, 1e-3)), Contestant("flex 64", why="no compiler")]
     contestants += [Contestant(name, (ratio * 1e-3,)) for name, ratio in ratios.items()]
     spread = {name: (ratio * 0.9, ratio, ratio * 1.1) for name, ratio in ratios.items()}
-    return CaseResult("prefill", case, SMALL["full"], "cpu()", tuple(contestants), spread, 1, (share, share))
+    return CaseResult("prefill", case, SMALL["full"], "cpu()", tuple(contestants), spread, 1, (share, share), PEAKS)
 
 
 def test_claims_are_held_against_what_was_measured() -> None:
@@ -136,9 +155,9 @@ def test_every_claim_names_a_case_of_the_suites_and_a_contestant() -> None:
 
 def test_documents_hold_every_sample_and_say_what_did_not_run(tmp_path: Path) -> None:
     results = [result("full D64 S2048", sdpa=1.4)]
-    data = json.loads(json.dumps(to_json(results, PEAKS, MACHINE)))
+    data = json.loads(json.dumps(to_json(results, MACHINE)))
     assert data["cases"][0]["contestants"][2] == {"name": "sdpa", "samples": [1.4e-3], "why": ""}
-    text = markdown(results, PEAKS, MACHINE)
+    text = markdown(results, MACHINE)
     assert "| full D64 S2048 | at least 1.35x sdpa | 1.40x (1.26 to 1.54) sdpa | met |" in text
     assert "no compiler" in text
     for end in (".html", ".svg"):
