@@ -19,6 +19,8 @@ __all__ = ["ENUMERATE", "Proposal", "Search", "make_sampler"]
 
 ENUMERATE = 200
 """Spaces of at most this many points are looked at whole."""
+FAR = 3.0
+"""A backend whose best is this many times slower than the best of all is not climbed."""
 PAYS = 0.995
 """An improvement must be at least this factor to count as one."""
 WORST = 1e6
@@ -38,8 +40,8 @@ class Search:
     """Ask for candidates and tell their times; all state is in the study, so that a new process goes on with it.
 
     space: what to search. seeds: (candidate, why) to try first. limit: stop after so many candidates. enumerate_up_to:
-    spaces no larger are looked at whole. patience: stop after so many sampled candidates in a row that did not
-    pay, once no neighbour of the best is left.
+    spaces no larger are looked at whole. patience: stop after so many sampled candidates in a row that did not pay,
+    once no neighbour of a backend's best is left; by default a sixteenth of the space, but 24 to 64.
     """
 
     def __init__(
@@ -50,17 +52,18 @@ class Search:
         *,
         limit: int | None = None,
         enumerate_up_to: int = ENUMERATE,
-        patience: int = 24,
+        patience: int | None = None,
         seed: int = 0,
     ) -> None:
         self.study = study
         self.space = space
         self.limit = limit
-        self.patience = patience
+        self.patience = patience if patience is not None else min(max(space.count(1024) // 16, 24), 64)
         self.rng = random.Random(seed)
         self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
         self.seen: dict[str, float] = {}
         self.best: tuple[float, Candidate] | None = None
+        self.tops: dict[str, tuple[float, Candidate]] = {}
         self._idle = 0
         self._queue: list[tuple[Candidate, str]] = list(seeds)
         self._followed: set[int] = set()
@@ -118,8 +121,10 @@ class Search:
     def _note(self, candidate: Candidate, seconds: float | None, why: str) -> None:
         self.seen[candidate.key] = WORST if seconds is None else seconds
         paid = seconds is not None and (self.best is None or seconds < PAYS * self.best[0])
-        if seconds is not None and (self.best is None or seconds < self.best[0]):
-            self.best = (seconds, candidate)
+        if seconds is not None:
+            self.best = min(self.best or (seconds, candidate), (seconds, candidate), key=lambda top: top[0])
+            known = self.tops.get(candidate.backend, (seconds, candidate))
+            self.tops[candidate.backend] = min(known, (seconds, candidate), key=lambda top: top[0])
         if why in ("tpe", "random", "descent"):
             self._idle = 0 if paid else self._idle + (why != "descent")
 
@@ -156,11 +161,17 @@ class Search:
                 self._queue.insert(0, (candidate, "again"))
 
     def _descend(self) -> Proposal | None:
-        """An untried neighbour of the best, if one is left."""
-        if self.best is None:
-            return None
-        near = [c for c in self.space.neighbours(self.best[1]) if self._fresh(c)]
-        return self._proposed(self.rng.choice(near), "descent") if near else None
+        """An untried neighbour of a backend's best, if one is left; the fastest backend first.
+
+        Each backend that is not far off climbs to its own top: the best by default need not be the best when tuned.
+        """
+        for seconds, candidate in sorted(self.tops.values(), key=lambda top: top[0]):
+            if self.best is not None and seconds > FAR * self.best[0]:
+                break
+            near = [c for c in self.space.neighbours(candidate) if self._fresh(c)]
+            if near:
+                return self._proposed(self.rng.choice(near), "descent")
+        return None
 
     def _sample(self) -> Proposal | None:
         """What TPE says; what it repeats or breaks a constraint with is replaced by a random point."""

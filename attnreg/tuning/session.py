@@ -42,7 +42,8 @@ class Options:
     backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a worker process.
     keep: write the record to the user's database. time_limit: seconds that one step of a candidate may take.
     memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at most so
-    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay.
+    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay, None for
+    a share of the space.
     """
 
     trials: int | None = None
@@ -57,7 +58,7 @@ class Options:
     time_limit: float = 120.0
     memory_limit: int = 0
     enumerate_up_to: int = ENUMERATE
-    patience: int = 24
+    patience: int | None = None
 
 
 @dataclass
