@@ -58,8 +58,15 @@ def sdpa(p: Problem, inputs: Inputs) -> Run:
     return lambda q, k, v, **named: F.scaled_dot_product_attention(q, k, v, **said)
 
 
+def _whole_matrix(p: Problem) -> None:
+    """Refuse what holds every score at once where that is over half a gigabyte: it would only show that."""
+    if p.batch * p.q_heads * p.sq * p.skv > 1 << 27:
+        raise UnfitError("only up to 2**27 scores, since it holds them all")
+
+
 def sdpa_math(p: Problem, inputs: Inputs) -> Run:
     """The same through torch's math path."""
+    _whole_matrix(p)
     call = sdpa(p, inputs)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Any:
@@ -194,6 +201,7 @@ def _flex(block: int, p: Problem, inputs: Inputs) -> Run:
 def eager(p: Problem, inputs: Inputs) -> Run:
     """Two products and a softmax in the inputs' dtype, K and V repeated, as models write it."""
     _plain(p)
+    _whole_matrix(p)
     whole = isinstance(p.spec.mask, Full) and isinstance(p.spec.sparsity, Dense)
     mask = None if whole or p.sq == 1 else ~allowed(p, inputs.tensors)
     group, scale = p.group, p.scale

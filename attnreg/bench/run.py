@@ -21,6 +21,8 @@ from attnreg.problem import Problem
 from attnreg.registry import current
 from attnreg.suites import Case
 from attnreg.testing import Inputs, check_inputs, make_inputs
+from attnreg.testing.bounds import find_truth
+from attnreg.testing.candidate import sample_rows
 from attnreg.tuning.stats import Interval, interval, log_ratios
 
 __all__ = ["OURS", "CaseResult", "Contestant", "Options", "run_case"]
@@ -105,7 +107,8 @@ def run_case(suite: str, case: Case, options: Options, peaks: Peaks | None = Non
     contestants = [Contestant(name, tuple(samples[name])) for name in ready] + idle
     ours = samples[OURS]
     ratios = {name: _ratio(samples[name], ours, options.confidence) for name in ready if name != OURS and samples[name]}
-    shares = peaks.share(problem.flops, problem.bytes, statistics.median(ours))
+    known = inputs.problem.live_pairs.kind != "bound"  # run-time masks: how much work there was is not known
+    shares = peaks.share(problem.flops if known else math.nan, problem.bytes, statistics.median(ours))
     config = ", ".join(f"{n}={v}" for n, v in explained.config.items())
     chosen = f"{explained.backend}({config}), {explained.source}"
     return CaseResult(suite, case.name, problem, chosen, tuple(contestants), ratios, dropped, shares, peaks)
@@ -123,6 +126,7 @@ def _inputs(problem: Problem) -> Inputs:
 
 def _prepare(inputs: Inputs, options: Options) -> tuple[dict[str, Thunk], list[Contestant]]:
     """Contestants that can run and are right, bound to the inputs; and the others with the reason."""
+    truth = find_truth(inputs, sample_rows(inputs, PAIRS))
     ready: dict[str, Thunk] = {}
     idle: list[Contestant] = []
     spec = inputs.problem.spec
@@ -137,7 +141,7 @@ def _prepare(inputs: Inputs, options: Options) -> tuple[dict[str, Thunk], list[C
     for name, make in makers:
         try:
             run = make()
-            verdict = check_inputs(run, inputs, pairs=PAIRS, poison=False)
+            verdict = check_inputs(run, inputs, truth=truth, poison=False)
         except (UnfitError, AttnregError) as error:
             idle.append(Contestant(name, why=str(error)))
             continue
