@@ -31,7 +31,8 @@ struct Task {
     int64_t state;       // where its partial sums lie, in floats; -1: the task is alone
 };
 
-constexpr int64_t ROW_LIMIT = 64;     // rows of a task: their state stays in the second-level cache
+constexpr int64_t ROW_LIMIT = 64;     // rows of a KV head in a task
+constexpr int64_t STATE_LIMIT = 256;  // rows of all its KV heads: their state stays in the second-level cache
 constexpr int64_t TASKS_A_THREAD = 8;
 constexpr int64_t WORK_A_THREAD = 1 << 16;  // bytes read, or arithmetic that takes as long: less is not worth waking a thread
 constexpr int64_t LEAST_PIECE = 256;  // keys: shorter pieces cost more in merging than they balance
@@ -49,7 +50,7 @@ class Plan {
         const Params& p = d.call;
         const int64_t group = p.q_heads / p.kv_heads;
         head_block = std::clamp<int64_t>(d.head_block, 1, p.kv_heads);
-        const int64_t row_limit = std::clamp<int64_t>(ROW_LIMIT / head_block, 1, ROW_LIMIT);
+        const int64_t row_limit = std::clamp<int64_t>(STATE_LIMIT / head_block, 1, ROW_LIMIT);
         const int64_t head_groups = (p.kv_heads + head_block - 1) / head_block;
 
         Params intervals = p;

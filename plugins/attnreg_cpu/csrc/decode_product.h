@@ -35,14 +35,14 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     return v[0];
 }
 
-// Rows to ask for stand `rows` places on (0: none is asked for); all of a row's `bytes` are wanted. What comes is read from the first
-// cache only (see STRIP), so it need not displace anything from those behind.
+// Rows to ask for stand `rows` places on (0: none is asked for). What comes is read from the first cache only (see STRIP), so it need
+// not displace anything from those behind.
 struct Ahead {
-    int64_t rows = 0, bytes = 0;
+    int64_t rows = 0;
 
     ATTNREG_INLINE static void ask(const void* at) { __builtin_prefetch(at, 0, 0); }
-    ATTNREG_INLINE void ask_row(const void* row) const {
-        for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(row) + at);
+    ATTNREG_INLINE static void ask_span(const void* first, int64_t bytes) {
+        for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(first) + at);
     }
 };
 
@@ -143,7 +143,7 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
                     float* scores, int64_t stride) {
     constexpr int KEYS = LANES < 8 ? LANES : 8;
     for (int64_t k = 0; k < count; k += LANES) {
-        for (int i = 0; i < LANES && ahead.rows > 0; ++i) ahead.ask_row(keys[k + i + ahead.rows]);
+        for (int i = 0; i < LANES && ahead.rows > 0; ++i) Ahead::ask_span(keys[k + i + ahead.rows], dim * int64_t(sizeof(float)));
         vfloat block[VECTORS][LANES];
         for (int first = 0; first < LANES; first += KEYS) {
             vfloat sum[VECTORS][KEYS] = {};
@@ -197,7 +197,8 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
     }
     for (int64_t k = 0; k < count; ++k) {
         const T* value = values[k] + column;
-        if (ahead.rows > 0) ahead.ask_row(values[k + ahead.rows]);
+        // Each run over the columns asks for its own, so that none computes while memory rests.
+        if (ahead.rows > 0) Ahead::ask_span(values[k + ahead.rows] + column, COLS * LANES * int64_t(sizeof(T)));
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
         constexpr int N = COLS < Together<T>::value ? 1 : Together<T>::value;
@@ -223,7 +224,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
 template <class T, int ROWS, int COLS>
 void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
                  int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
-    for (; column + COLS * LANES <= dim; column += COLS * LANES, ahead = {}) {
+    for (; column + COLS * LANES <= dim; column += COLS * LANES) {
         add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
     if constexpr (COLS > 1) {

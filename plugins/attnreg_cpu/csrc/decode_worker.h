@@ -132,26 +132,27 @@ class Worker {
 
     void attend(int64_t h, int64_t first, int64_t count, State state) {
         const int64_t kv_head = task_->head + h, padded = round_up(count, LANES), rows = task_->rows;
-        const Ahead none, keys_ahead{s_.ahead, s_.head_k * int64_t(sizeof(T))}, values_ahead{s_.ahead, s_.head_v * int64_t(sizeof(T))};
+        const Ahead none{}, ahead{s_.ahead};
         list_rows(h, count, padded);
         const T* const* values = keys_ + padded;
-        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, keys_ahead, staged_keys_, wide_keys_);
+        if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, ahead, staged_keys_, wide_keys_);
         const float* q = q_ + slot(h) * s_.stride_k;
         if (in_lanes_) {
             const float* columns = q_columns_ + slot(h) * s_.head_k;
-            broadcast_tile(columns, s_.rows, rows, floats(keys_, wide_keys_), padded, s_.head_k, staged_ ? none : keys_ahead, scores_, s_.tile);
+            const float* const* wide = floats(keys_, wide_keys_);
+            broadcast_tile(columns, s_.rows, rows, wide, padded, s_.head_k, staged_ ? none : ahead, scores_, s_.tile);
         } else if (staged_) {
             dot_tile(q, s_.stride_k, rows, wide_keys_, padded, s_.head_k, none, scores_, s_.tile);
         } else {
-            dot_tile(q, s_.stride_k, rows, keys_, padded, s_.head_k, keys_ahead, scores_, s_.tile);
+            dot_tile(q, s_.stride_k, rows, keys_, padded, s_.head_k, ahead, scores_, s_.tile);
         }
         weigh(kv_head, first, count, state.rows + slot(h));
         float* sums = state.sums + slot(h) * s_.stride_v;
         if (staged_) {
-            widen_rows(values, count, s_.head_v, s_.stride_v, values_ahead, staged_values_, wide_values_);
+            widen_rows(values, count, s_.head_v, s_.stride_v, ahead, staged_values_, wide_values_);
             add_tile(scores_, s_.tile, rows, rescale_, wide_values_, count, s_.head_v, none, sums, s_.stride_v);
         } else {
-            add_tile(scores_, s_.tile, rows, rescale_, values, count, s_.head_v, values_ahead, sums, s_.stride_v);
+            add_tile(scores_, s_.tile, rows, rescale_, values, count, s_.head_v, ahead, sums, s_.stride_v);
         }
     }
 
@@ -162,9 +163,10 @@ class Worker {
         return staged;
     }
 
-    static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, Ahead ahead, float* staged, const float** wide) {
+    static void widen_rows(const T* const* rows, int64_t count, int64_t dim, int64_t stride, Ahead ahead, float* staged,
+                           const float** wide) {
         for (int64_t j = 0; j < count; ++j) {
-            if (ahead.rows > 0) ahead.ask_row(rows[j + ahead.rows]);
+            if (ahead.rows > 0) Ahead::ask_span(rows[j + ahead.rows], dim * int64_t(sizeof(T)));
             float* to = staged + j * stride;
             int64_t d = 0;
             for (; d + LANES <= dim; d += LANES) store(to + d, load_wide(rows[j] + d));
@@ -180,8 +182,10 @@ class Worker {
         m.scale = float(p_.scale) * Unit<T>::value;
         m.softcap = float(p_.softcap);
         if (d_.keys_a_scale > 0) {
-            m.key_scale = block_scales(d_.k_descale, batch * d_.k_scale_batch + kv_head * d_.k_scale_head, d_.k_scale_block, first, count, key_scale_);
-            m.value_scale = block_scales(d_.v_descale, batch * d_.v_scale_batch + kv_head * d_.v_scale_head, d_.v_scale_block, first, count, value_scale_);
+            const int64_t k_at = batch * d_.k_scale_batch + kv_head * d_.k_scale_head;
+            const int64_t v_at = batch * d_.v_scale_batch + kv_head * d_.v_scale_head;
+            m.key_scale = block_scales(d_.k_descale, k_at, d_.k_scale_block, first, count, key_scale_);
+            m.value_scale = block_scales(d_.v_descale, v_at, d_.v_scale_block, first, count, value_scale_);
         } else {
             m.scale *= scale_at(d_.k_descale, d_.k_scale_batch, d_.k_scale_head, batch, kv_head);
         }
