@@ -23,6 +23,8 @@ __all__ = ["Worker"]
 
 START_LIMIT = 180.0
 POLL = 0.02
+SUSPENDED = 5.0
+"""Seconds between two looks that tell of a stopped job or a sleeping machine, not of a hung candidate."""
 
 
 class Worker:
@@ -128,10 +130,15 @@ class Worker:
 
     def _line(self, limit: float) -> bytes:
         """The next line of the worker, while its time and memory are watched."""
-        deadline = time.monotonic() + limit
+        looked = time.monotonic()
+        deadline = looked + limit
         assert self._process is not None
         while b"\n" not in self._buffer:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - looked > SUSPENDED:  # this process stood still, and so did the worker
+                deadline += now - looked
+            looked = now
+            if now > deadline:
                 self._end()
                 raise Died("hang", f"hung: no answer within {limit:g} s", self._at)
             ready, _, _ = select.select([self._from], [], [], POLL)

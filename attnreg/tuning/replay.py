@@ -102,10 +102,11 @@ def record_space(
     backends: Sequence[str],
     *,
     rounds: int = 9,
+    threads: int = 0,
     time_limit: float = 120.0,
     on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
 ) -> Recording:
-    """Gate and time every point of the joint space of these backends."""
+    """Gate and time every point of the joint space of these backends; threads: torch's, 0 for what it has."""
     hardware = detect(problem.device)
     entries = registry.current().entries
     spaces = {b: entries[b].backend.space(problem, hardware) for b in backends}
@@ -113,7 +114,7 @@ def record_space(
     every = list(joint.points())
     usable: list[Candidate] = []
     times: dict[str, list[float]] = {c.key: [] for c in every}
-    with Worker(Plan(problem, time_limit=time_limit, leak_seconds=0.0)) as worker:
+    with Worker(Plan(problem, threads=threads, time_limit=time_limit, leak_seconds=0.0)) as worker:
         for n, candidate in enumerate(every):
             on_progress("gate", n, len(every))
             try:
