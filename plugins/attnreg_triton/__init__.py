@@ -1,4 +1,4 @@
-"""Triton backends: flash and split-KV decoding. Importing this package imports no Triton."""
+"""Triton backends: flash, split-KV decoding, block-sparse. Importing this package imports no Triton."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["attnreg_backends", "attnreg_doctor"]
 @hookimpl
 def attnreg_backends() -> list[Backend]:
     """Called once by attnreg; Triton loads when a problem on a capable device needs a kernel."""
+    from .block_sparse import TritonBlockSparse
     from .flash import TritonDecode, TritonFlash
 
-    return [TritonFlash(), TritonDecode()]
+    return [TritonFlash(), TritonDecode(), TritonBlockSparse()]
 
 
 @hookimpl

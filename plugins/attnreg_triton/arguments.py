@@ -52,11 +52,29 @@ class Pages(NamedTuple):
     size: Any
 
 
+class Blocks(NamedTuple):
+    """Lists of live tiles (attnreg.blocks.BlockLayout, row or column lists) as one kernel reads them.
+
+    Line `batch * batch_lines + head * head_lines + tile` owns the entries ptr[line] .. ptr[line + 1] - 1, full ones
+    before split[line]. `index`: the tile of an entry on the other axis; `tile`: -1 or its bit tile in `bits`;
+    `row_bits` is block_q - 1, which cuts a query index to its row in a bit tile.
+    """
+
+    ptr: Any
+    split: Any
+    index: Any
+    tile: Any
+    bits: Any
+    batch_lines: Any
+    head_lines: Any
+    row_bits: Any
+
+
 class Mask(NamedTuple):
     """A band: `position - left <= key`, `key <= position + right` or `key < prefix`, and the same document.
 
     None leaves a side open. `document_first`/`document_last` [B, Skv] hold, for each key, the first and the last
-    key of its document.
+    key of its document. Where `blocks` is given it says everything and the rest is None.
     """
 
     left: Any
@@ -67,6 +85,7 @@ class Mask(NamedTuple):
     document_last: Any
     document_stride: Any
     document_size: Any
+    blocks: Any = None
 
 
 class Score(NamedTuple):

@@ -82,11 +82,20 @@ def load_document(table, mask, sequence, index, missing):
 
 
 @triton.jit
-def allow(mask, sequence, rows, keys, prefix):
+def tile_start(mask, step, BLOCK: tl.constexpr):
+    """First key (or row) of the tile that a loop visits at `step`: `step` itself, or where a list of blocks says."""
+    start = step
+    if mask.blocks is not None:
+        start = tl.load(mask.blocks.index + step) * BLOCK
+    return start
+
+
+@triton.jit
+def allow(mask, sequence, rows, keys, prefix, step, BLOCK_N: tl.constexpr):
     """True where the row may attend the key; rows behind the last query are not asked.
 
     Their weights are never stored, and in the backward pass are 0 by their lse. Bounds meet in one number a row, so
-    that a tile costs one comparison a side.
+    that a tile costs one comparison a side. `step` is the loop's, BLOCK_N the keys of a tile.
     """
     last = sequence.kv_len - 1
     if mask.right is not None:
@@ -97,7 +106,23 @@ def allow(mask, sequence, rows, keys, prefix):
     if mask.document_first is not None:
         mine = load_document(mask.document_first, mask, sequence, rows.position, -1)
         allowed = allowed & (mine == load_document(mask.document_first, mask, sequence, keys, -2))
+    if mask.blocks is not None:
+        allowed = allowed & listed(mask.blocks, rows, keys, step, BLOCK_N)
     return allowed
+
+
+@triton.jit
+def listed(blocks, rows, keys, step, BLOCK_N: tl.constexpr):
+    """What entry `step` of a list of blocks says of each pair of its tile; everything where the block is full."""
+    WORDS: tl.constexpr = (BLOCK_N + 31) // 32
+    tile = tl.load(blocks.tile + step)
+    row = tl.maximum(tile, 0).to(tl.int64) * (blocks.row_bits + 1) + (rows.query & blocks.row_bits)
+    column = keys & (BLOCK_N - 1)
+    found = (rows.query + keys) < 0
+    for word in tl.static_range(WORDS):
+        held = tl.load(blocks.bits + row * WORDS + word) >> (column & 31)
+        found = found | ((column // 32 == word) & ((held & 1) != 0))
+    return found | (tile < 0)
 
 
 @triton.jit

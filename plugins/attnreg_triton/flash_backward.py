@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length, query_range
+from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length, query_range, tile_start
 from .tile import (
     LOG2E,
     finish_scores,
@@ -88,8 +88,10 @@ def visit_keys(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add `ds @ k` of keys begin..end to dq."""
-    for start in range(begin, end, BLOCK_N):
+    """Add `ds @ k` of keys begin..end, or of entries begin..end of a list of blocks, to dq."""
+    STEP: tl.constexpr = BLOCK_N if mask.blocks is None else 1
+    for step in range(begin, end, STEP):
+        start = tile_start(mask, step, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < sequence.kv_len
         k_tile, k_tail = load_head(
@@ -103,7 +105,7 @@ def visit_keys(
         dp = product(do, tl.trans(v_tile), PRECISION)
         allowed = None
         if MASKED:
-            allowed = allow(mask, sequence, rows, keys[None, :], prefix)
+            allowed = allow(mask, sequence, rows, keys[None, :], prefix, step, BLOCK_N)
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys[None, :])
@@ -112,9 +114,9 @@ def visit_keys(
         dq = multiply(ds, k_tile, dq, PRECISION)
         if TAIL > 0:
             dq_tail = multiply(ds, k_tail, dq_tail, PRECISION)
-    if TAIL > 0:
-        return dq, dq_tail
-    return dq, dq
+    if TAIL == 0:
+        dq_tail = dq  # nobody reads it: a kernel function cannot return None
+    return dq, dq_tail
 
 
 @triton.jit
@@ -226,6 +228,7 @@ def visit_rows(
     MASKED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TAIL: tl.constexpr,
@@ -233,8 +236,13 @@ def visit_rows(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add `ds^T @ q` and `w^T @ do` of packed rows begin..end to dk and dv; keys are rows of the tile here."""
-    for start in range(begin, end, BLOCK_M):
+    """Add `ds^T @ q` and `w^T @ do` of packed rows begin..end to dk and dv; keys are rows of the tile here.
+
+    With a list of blocks, begin..end are its entries, GROUP is 1 and `kv_head` the query head.
+    """
+    STEP: tl.constexpr = BLOCK_M if mask.blocks is None else 1
+    for step in range(begin, end, STEP):
+        start = tile_start(mask, step, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         index = make_rows(sequence, kv_head, row, GROUP)
         rows = make_rows(sequence, kv_head, row[None, :], GROUP)
@@ -250,7 +258,7 @@ def visit_rows(
         dp = product(v, tl.trans(do), PRECISION)
         allowed = None
         if MASKED:
-            allowed = allow(mask, sequence, rows, keys, prefix)
+            allowed = allow(mask, sequence, rows, keys, prefix, step, BLOCK_N)
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys)
@@ -260,9 +268,9 @@ def visit_rows(
         dk = multiply(ds, q_tile, dk, PRECISION)
         if TAIL > 0:
             dk_tail = multiply(ds, q_tail, dk_tail, PRECISION)
-    if TAIL > 0:
-        return dk, dk_tail, dv
-    return dk, dk, dv
+    if TAIL == 0:
+        dk_tail = dk  # as above
+    return dk, dk_tail, dv
 
 
 @triton.jit
@@ -329,19 +337,19 @@ def backward_kv_kernel(
     if (mask.right is not None) and (mask.document_first is None):
         dk_acc, dk_tail, dv_acc = visit_rows(
             dk_acc, dk_tail, dv_acc, k_tile, k_tail, v_tile, q, dout, lse, delta, sequence, kv_head, keys[:, None],
-            mask, prefix, score, dropout, begin, full_begin, True, GROUP, BLOCK_M, D, BLOCK_D, TAIL, DV, BLOCK_DV,
-            PRECISION,
+            mask, prefix, score, dropout, begin, full_begin, True, GROUP, BLOCK_M, BLOCK_N, D, BLOCK_D,
+            TAIL, DV, BLOCK_DV, PRECISION,
         )  # fmt: skip
     if mask.document_first is None:
         dk_acc, dk_tail, dv_acc = visit_rows(
             dk_acc, dk_tail, dv_acc, k_tile, k_tail, v_tile, q, dout, lse, delta, sequence, kv_head, keys[:, None],
-            mask, prefix, score, dropout, full_begin, full_end, False, GROUP, BLOCK_M, D, BLOCK_D, TAIL, DV, BLOCK_DV,
-            PRECISION,
+            mask, prefix, score, dropout, full_begin, full_end, False, GROUP, BLOCK_M, BLOCK_N, D, BLOCK_D,
+            TAIL, DV, BLOCK_DV, PRECISION,
         )  # fmt: skip
     dk_acc, dk_tail, dv_acc = visit_rows(
         dk_acc, dk_tail, dv_acc, k_tile, k_tail, v_tile, q, dout, lse, delta, sequence, kv_head, keys[:, None],
-        mask, prefix, score, dropout, full_end, end, True, GROUP, BLOCK_M, D, BLOCK_D, TAIL, DV, BLOCK_DV,
-        PRECISION,
+        mask, prefix, score, dropout, full_end, end, True, GROUP, BLOCK_M, BLOCK_N, D, BLOCK_D,
+        TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
     start = start + tl.minimum(limit, 0)
     keys = start + tl.arange(0, BLOCK_N)

@@ -40,6 +40,7 @@ def bias_tile(
     head,
     start_m,
     start_n,
+    step,
     mask,
     score,
     dropout,
@@ -53,7 +54,10 @@ def bias_tile(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the scores of one head's tile, [BLOCK_M, BLOCK_N] float32; zero where masked."""
+    """Gradient of the scores of one head's tile, [BLOCK_M, BLOCK_N] float32; zero where masked.
+
+    `step` is the entry of a list of blocks, where there is one.
+    """
     row = start_m + tl.arange(0, BLOCK_M)
     index = make_rows(sequence, head, row, 1)
     rows = make_rows(sequence, head, row[:, None], 1)
@@ -71,7 +75,7 @@ def bias_tile(
     products = head_products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
     scores, capped = finish_scores(products, score, sequence, rows, keys[None, :], False)
     dp = product(do, tl.trans(v_tile), PRECISION)
-    allowed = allow(mask, sequence, rows, keys[None, :], prefix_length(mask, sequence))
+    allowed = allow(mask, sequence, rows, keys[None, :], prefix_length(mask, sequence), step, BLOCK_N)
     keep = None
     if dropout is not None:
         keep = keep_mask(dropout, sequence, rows, keys[None, :])
@@ -142,8 +146,8 @@ def bias_kernel(
                 first_n = tl.maximum(tile_n * BLOCK_N, begin)
                 for start_n in range(first_n, tl.minimum(last_n, end), BLOCK_N):
                     total += bias_tile(
-                        q, k, v, dout, lse, delta, sequence, bias_head * 0 + head, start_m, start_n, mask, score,
-                        dropout, GROUP, BLOCK_M, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+                        q, k, v, dout, lse, delta, sequence, bias_head * 0 + head, start_m, start_n, start_n, mask,
+                        score, dropout, GROUP, BLOCK_M, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
                     )  # fmt: skip
     base = dbias.data + bias_batch.to(tl.int64) * dbias.batch + bias_head.to(tl.int64) * dbias.head
     rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

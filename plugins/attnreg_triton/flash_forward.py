@@ -13,9 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length
+from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length, tile_start
 from .tile import (
-    LN2,
     LOG2E,
     finish_scores,
     head_products,
@@ -25,6 +24,7 @@ from .tile import (
     load_matrix,
     multiply,
     narrow,
+    normalise,
     row_pointers,
     softmax_step,
     store_matrix,
@@ -60,8 +60,10 @@ def attend(
     FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Visit keys begin..end in tiles of BLOCK_N and fold them into the softmax state."""
-    for start in range(begin, end, BLOCK_N):
+    """Fold keys begin..end, in tiles of BLOCK_N, or entries begin..end of a list of blocks into the softmax state."""
+    STEP: tl.constexpr = BLOCK_N if mask.blocks is None else 1
+    for step in range(begin, end, STEP):
+        start = tile_start(mask, step, BLOCK_N)
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < sequence.kv_len
         k_tile, k_tail = load_head(
@@ -70,7 +72,7 @@ def attend(
         products = head_products(q, q_tail, k_tile, k_tail, TAIL, PRECISION)
         scores, _ = finish_scores(products, score, sequence, rows, keys[None, :], FOLD)
         if MASKED:
-            scores = tl.where(allow(mask, sequence, rows, keys[None, :], prefix), scores, float("-inf"))
+            scores = tl.where(allow(mask, sequence, rows, keys[None, :], prefix, step, BLOCK_N), scores, float("-inf"))
         weights, decay, maximum, total = softmax_step(scores, maximum, total, score, FOLD)
         if dropout is not None:
             weights = tl.where(keep_mask(dropout, sequence, rows, keys[None, :]), weights, 0.0)
@@ -177,12 +179,7 @@ def forward_kernel(
         pages, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
     )  # fmt: skip
 
-    empty = total == 0.0
-    divisor = tl.where(empty, 1.0, total)
-    if dropout is not None:
-        divisor = divisor * (1.0 - dropout.p)
-    accumulator = accumulator / divisor[:, None]
-    natural = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    accumulator, natural = normalise(accumulator, maximum, total, dropout)
     # The rows once more: written so that the compiler computes them here and keeps no addresses alive over the loops.
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
     row_index = make_rows(sequence, kv_head, row, GROUP)

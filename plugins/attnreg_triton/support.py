@@ -65,13 +65,14 @@ def flash_reasons(problem: Problem) -> list[str]:
         )
     elif spec.align == "offset" and max(band.left or 0, band.right or 0) >= MAX_KEYS:
         out.append(f"mask {spec.mask!r} with align='offset': the kernels count positions to windows below {MAX_KEYS}")
-    out += _size_reasons(problem)
+    out += size_reasons(problem)
     if spec.page_size is not None and problem.needs_grad:
         out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")
     return out
 
 
-def _size_reasons(problem: Problem) -> list[str]:
+def size_reasons(problem: Problem) -> list[str]:
+    """Reasons that lie in sizes beyond 32-bit indices."""
     out = []
     if problem.skv > MAX_KEYS or problem.total_k > MAX_INDEX:
         out.append(f"{max(problem.skv, problem.total_k)} keys: the kernels index at most {MAX_KEYS} keys a sequence")

@@ -71,12 +71,12 @@ def load_head(pointers, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl
 
     Without a tail the second value repeats the first and nobody reads it: a kernel function cannot return None.
     """
+    WIDTH: tl.constexpr = BLOCK if TAIL > 0 else SIZE
+    main = load_matrix(pointers, tl.arange(0, BLOCK), valid, WIDTH, BLOCK, CHECK)
+    rest = main
     if TAIL > 0:
-        main = load_matrix(pointers, tl.arange(0, BLOCK), valid, BLOCK, BLOCK, CHECK)
         rest = load_matrix(pointers + BLOCK, tl.arange(0, TAIL), valid, SIZE - BLOCK, TAIL, CHECK)
-        return main, rest
-    main = load_matrix(pointers, tl.arange(0, BLOCK), valid, SIZE, BLOCK, CHECK)
-    return main, main
+    return main, rest
 
 
 @triton.jit
@@ -187,6 +187,18 @@ def softmax_step(scores, maximum, total, score, FOLD: tl.constexpr):
     weights = tl.exp2(scores - safe[:, None])
     decay = tl.exp2(maximum - safe)
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def normalise(accumulator, maximum, total, dropout):
+    """Output rows and their natural lse from a softmax state; 0 and -inf for a row that saw no key."""
+    empty = total == 0.0
+    divisor = tl.where(empty, 1.0, total)
+    if dropout is not None:
+        divisor = divisor * (1.0 - dropout.p)
+    accumulator = accumulator / divisor[:, None]
+    natural = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    return accumulator, natural
 
 
 @triton.jit

@@ -1,0 +1,238 @@
+"""The `triton_block_sparse` backend: any mask and any block pattern, through attnreg.blocks.BlockLayout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnreg import Hardware, Problem, SearchSpace, blocks, scores
+
+from . import block_sparse_space
+from .flash import Config, Run
+from .launch import Inputs, sizes
+from .plan import Plan
+from .signatures import CompileSpec
+from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, size_reasons
+
+GRADIENTS = ("q", "k", "v", "bias", "sinks")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: what it computes, its tensors, and its live blocks."""
+
+    plan: Plan
+    inputs: Inputs
+    layout: blocks.BlockLayout
+
+
+class TritonBlockSparse:
+    """The flash kernels' tile step over lists of live blocks: full ones without a mask, partial ones by bit tiles.
+
+    The layout is built on the host and kept by what its tensors hold, so a call whose mask reads call tensors
+    synchronises with the device, and a CUDA graph cannot record its building.
+    """
+
+    name = "triton_block_sparse"
+    version = "1"
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        """Every reason against; empty if the kernels compute the problem as said."""
+        spec = problem.spec
+        out = [
+            *machine_reasons(problem, hardware),
+            *size_reasons(problem),
+            *head_dim_reasons(problem, MAX_HEAD_DIM),
+        ]
+        if problem.dtype not in DTYPES:
+            out.append(f"q is {problem.dtype}; the kernels take {', '.join(DTYPES)}")
+        elif problem.kv_dtype != problem.dtype:
+            out.append(f"k and v are stored as {problem.kv_dtype}, q is {problem.dtype}; the kernels take one dtype")
+        if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
+            out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
+        if spec.page_size is not None and problem.needs_grad:
+            out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")
+        if problem.traced:
+            out.append("traced: the block layout is built from sizes and values, which a trace does not have")
+        return out
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        """Block sizes, and warps and stages of each kernel that the problem needs."""
+        return block_sparse_space.space(problem, hardware)
+
+    def prepare(self, problem: Problem, config: Config) -> Run:
+        """A callable that serves the problem's bucket; kernels compile at its first call."""
+        plan, spec, grad = make_plan(problem, config), problem.spec, problem.needs_grad
+
+        def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+            call = make_call(problem, plan, q, k, v, tensors)
+            x = call.inputs
+            if grad and torch.is_grad_enabled():
+                out, lse = Attend.apply(call, x.q, x.k, x.v, x.bias, x.sinks)  # type: ignore[no-untyped-call]  # torch's
+            else:
+                out, lse = forward(call)
+            return (out, lse) if spec.return_lse else out
+
+        return run
+
+    def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
+        """Compiler input of every kernel that a call of the problem starts."""
+        return compile_specs(problem, make_plan(problem, config))
+
+
+def make_plan(problem: Problem, config: Config) -> Plan:
+    """The plan of a problem, cut as the configuration says; its mask lies in the layout."""
+    spec = problem.spec
+    return Plan(
+        layout=spec.layout,
+        scale=float(problem.scale),
+        align=spec.align,
+        softcap=float(spec.softcap),
+        dropout_p=float(spec.dropout_p),
+        page_size=spec.page_size,
+        **block_sparse_space.plan_fields(config),
+    )
+
+
+def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Call:
+    """Bind a call's tensors and find its layout."""
+    from . import operators
+
+    spec = problem.spec
+    named = {name: tensors.get(name) for name in operators.FIELDS}
+    used, lengths = tensors.get("seqused_k"), tensors.get("kv_lengths")
+    # Padding may be one side of a union: `kv_lengths` places the queries, and the layout alone says what is masked.
+    named |= {"q": q, "k": k, "v": v, "kv_lengths": used, "prefix_lengths": None}
+    if spec.dropout_p > 0:
+        generator = tensors.get("generator")
+        named["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
+    inputs = operators.make_inputs(*(named[name] for name in operators.FIELDS))
+    size = sizes(plan, inputs)
+    packed = spec.layout == "thd"
+    sq, skv = size.q_len, size.kv_len
+    if packed:
+        sq = _longest(tensors["cu_seqlens_q"])
+        skv = skv if spec.page_size is not None else _longest(tensors["cu_seqlens_k"])
+    given = dict(tensors)
+    if spec.align == "bottom_right" and lengths is not None:
+        rows = tensors["cu_seqlens_q"].diff().long() if packed else sq
+        there = lengths.long() if used is None else torch.minimum(lengths.long(), used.long())
+        inputs = replace(inputs, query_offset=there - rows)
+    layout = blocks.call_layout(
+        spec, sq, skv, plan.forward.m, plan.forward.n, batch=size.batches, heads=size.heads, tensors=given,
+        device=q.device,
+    )  # fmt: skip
+    return Call(plan, inputs, layout)
+
+
+def _longest(starts: Tensor) -> int:
+    """The longest of packed sequences."""
+    return int(starts.diff().max()) if starts.numel() > 1 else 0
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
+    from .block_sparse_launch import forward_launches
+    from .flash_launch import output_like
+    from .operators import start
+
+    plan, inputs = call.plan, call.inputs
+    out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    start(forward_launches(plan, inputs, call.layout, out, lse), inputs.q.device)
+    return out, lse
+
+
+def backward(
+    call: Call, saved: tuple[Tensor, Tensor], upstream: tuple[Tensor, Tensor | None], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of GRADIENTS; None for those that are not wanted."""
+    from .block_sparse_launch import backward_launches
+    from .operators import rows_dense, sink_gradient, start
+
+    plan, inputs = call.plan, call.inputs
+    size, lse = sizes(plan, inputs), saved[1]
+    # Packed rows that belong to no sequence are visited by no kernel: their gradient is 0.
+    new = torch.zeros_like if plan.layout == "thd" else torch.empty_like
+    dense = torch.contiguous_format
+    dq = new(inputs.q, memory_format=dense) if wanted[0] else None
+    dkv = None
+    if wanted[1] or wanted[2]:
+        dkv = (new(inputs.k, memory_format=dense), new(inputs.v, memory_format=dense))
+    dscores, bias = None, inputs.bias
+    if wanted[3] and bias is not None:
+        shape = (size.batches, size.heads, *(max(bias.shape[n], x) for n, x in ((2, call.layout.sq), (3, size.kv_len))))
+        dscores = bias.new_zeros(shape, dtype=torch.float32)
+    delta = torch.zeros_like(lse)
+    gradients = (dq, dkv, dscores)
+    launches = backward_launches(
+        plan, inputs, call.layout, saved, (rows_dense(upstream[0]), upstream[1]), delta, gradients
+    )
+    start(launches, inputs.q.device)
+    dk, dv = dkv or (None, None)
+    dbias = None if dscores is None or bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
+    dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
+    return dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks
+
+
+def _with_tensors(inputs: Inputs, tensors: Sequence[Any]) -> Inputs:
+    """The inputs with other tensors under the names of GRADIENTS."""
+    return replace(inputs, **dict(zip(GRADIENTS, tensors, strict=True)))
+
+
+class Attend(torch.autograd.Function):
+    """`forward` with its gradients; the layout stays with the node, so that the backward pass finds no new one."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call; `tensors` are those of GRADIENTS, as the call holds them."""
+        out, lse = forward(call)
+        ctx.set_materialize_grads(False)
+        ctx.call = replace(call, inputs=_with_tensors(call.inputs, [None] * len(GRADIENTS)))
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of the tensors of GRADIENTS."""
+        *tensors, out, lse = ctx.saved_tensors
+        call = replace(ctx.call, inputs=_with_tensors(ctx.call.inputs, tensors))
+        upstream = (torch.zeros_like(out) if dout is None else dout, dlse)
+        return None, *backward(call, (out, lse), upstream, tuple(ctx.needs_input_grad[1:]))
+
+
+def meta_layout(problem: Problem, block_q: int, block_kv: int) -> blocks.BlockLayout:
+    """A layout of the problem's sizes without entries, on the meta device: kernels are compiled with its types."""
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    lines = -(-problem.sq // block_q)
+    return blocks.BlockLayout(
+        problem.sq, problem.skv, block_q, block_kv, problem.batch, problem.q_heads, 1, 1, 0, None, None, 0,
+        ints(lines + 1), ints(lines), ints(1), ints(1), ints(1, block_q, -(-block_kv // 32)),
+    )  # fmt: skip
+
+
+def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
+    """Compiler input of every launch of a plan; loads Triton, compiles nothing."""
+    from .block_sparse_launch import backward_launches, forward_launches
+    from .flash import meta_inputs
+    from .flash_launch import output_like
+    from .signatures import compile_spec
+
+    inputs = replace(meta_inputs(problem), prefix_lengths=None, document_first=None, document_last=None)
+    layout = meta_layout(problem, plan.forward.m, plan.forward.n)
+    out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    launches = forward_launches(plan, inputs, layout, out, lse)
+    if problem.needs_grad:
+        grads = problem.grads
+        dq = torch.empty_like(inputs.q) if "q" in grads else None
+        dkv = (torch.empty_like(inputs.k), torch.empty_like(inputs.v)) if grads & {"k", "v"} else None
+        shape = (problem.batch, problem.q_heads, problem.sq, problem.skv)
+        dscores = torch.empty(shape, device="meta") if "bias" in grads else None
+        launches += backward_launches(plan, inputs, layout, (out, lse), (out, None), lse, (dq, dkv, dscores))
+    return [compile_spec(launch) for launch in launches]

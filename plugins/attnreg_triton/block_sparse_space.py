@@ -1,0 +1,85 @@
+"""Search space of the block-sparse kernels: one block size for the layout, warps and stages for each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from attnreg import Hardware, Problem, SearchSpace
+
+from .flash_seeds import product_precisions
+from .flash_space import REGISTERS, accumulator_registers, shared_bytes
+from .launch import next_power_of_two
+from .plan import ConfigValue, Tile
+
+Config = Mapping[str, ConfigValue]
+KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
+SEEDS = ((64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
+"""(block_m, block_n, warps, stages), best guess first."""
+
+
+def read_tile(config: Config, kernel: str) -> Tile:
+    """The tile of "forward", "dq" or "dkv" in a configuration; the block sizes are the layout's and so shared."""
+    prefix = KERNELS[kernel]
+    warps, stages = (int(config.get(prefix + name, config[name])) for name in ("num_warps", "num_stages"))
+    waves = int(config.get("waves_per_eu", 0))
+    return Tile(int(config["block_m"]), int(config["block_n"]), warps, stages, waves)
+
+
+def plan_fields(config: Config) -> dict[str, Any]:
+    """The fields of a Plan that a configuration decides."""
+    names = {"forward": "forward", "dq": "backward_q", "dkv": "backward_kv"}
+    tiles: dict[str, Any] = {field: read_tile(config, kernel) for kernel, field in names.items()}
+    return tiles | ({"precision": str(config["precision"])} if "precision" in config else {})
+
+
+def space(problem: Problem, hardware: Hardware) -> SearchSpace:
+    """Block sizes up to the sequence; warps and stages of the forward and, with gradients, the backward kernels."""
+    rows, keys = (next_power_of_two(max(size, 1)) for size in (problem.sq, problem.skv))
+    kernels = ["forward", "dq", "dkv"] if problem.needs_grad else ["forward"]
+    choices: dict[str, Sequence[ConfigValue]] = {
+        "block_m": [m for m in (16, 32, 64, 128) if m <= max(16, rows)],
+        "block_n": [n for n in (16, 32, 64, 128) if n <= max(16, keys)],
+    }
+    for kernel in kernels:
+        choices |= {KERNELS[kernel] + "num_warps": (2, 4, 8), KERNELS[kernel] + "num_stages": (1, 2, 3, 4)}
+    if problem.dtype == "float32":
+        choices["precision"] = product_precisions(hardware)
+    if hardware.kind == "hip":
+        choices["waves_per_eu"] = (0, 1, 2, 3)
+    constraints = [rule for kernel in kernels for rule in _constraints(kernel, problem, hardware)]
+    seeds = []
+    for m, n, warps, stages in SEEDS:
+        seed: dict[str, ConfigValue] = {name: values[0] for name, values in choices.items()}
+        seed["block_m"] = max(x for x in (16, 32, 64, 128) if x in choices["block_m"] and x <= m)
+        seed["block_n"] = max(x for x in (16, 32, 64, 128) if x in choices["block_n"] and x <= n)
+        for kernel in kernels:
+            # The backward kernels hold two accumulators and two score tiles: twice the warps at the same block.
+            wide = 8 if kernel != "forward" and m * n >= 4096 and problem.head_dim > 64 else warps
+            seed |= {KERNELS[kernel] + "num_warps": wide, KERNELS[kernel] + "num_stages": stages}
+        if seed not in seeds and all(holds(seed) for _, holds in constraints):
+            seeds.append(seed)
+    if not seeds:
+        smallest = {name: values[0] for name, values in choices.items()}
+        constraints = [(text, holds) for text, holds in constraints if holds(smallest)]
+        seeds = [smallest]
+    return SearchSpace(choices=choices, default=seeds[0], constraints=constraints, seeds=seeds)
+
+
+def _constraints(kernel: str, problem: Problem, hardware: Hardware) -> list[tuple[str, Callable[[Config], bool]]]:
+    """What drops a tile that cannot fit: the flash kernels' rules, for the same inner step."""
+    if problem.device == "cpu":
+        return []
+    warp, limit = hardware.warp_size or 32, hardware.shared_memory
+    registers = REGISTERS if hardware.kind == "cuda" else 2 * REGISTERS
+
+    def fits_registers(config: Config) -> bool:
+        return accumulator_registers(kernel, problem, read_tile(config, kernel), warp) <= registers
+
+    def fits_shared(config: Config) -> bool:
+        return not limit or shared_bytes(kernel, problem, read_tile(config, kernel)) <= limit
+
+    return [
+        (f"{kernel}: accumulators and scores take at most {registers} registers a thread", fits_registers),
+        (f"{kernel}: tiles and stages fit {limit} bytes of shared memory", fits_shared),
+    ]

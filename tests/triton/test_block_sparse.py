@@ -1,0 +1,145 @@
+"""The block-sparse backend against the oracle: every mask and pattern, forward and backward, at small shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flash_cases import quick, taken, without_gradients
+
+from attnreg import AttentionSpec, Problem, TensorInfo, masks, scores, sparsity
+from attnreg.hardware import detect
+from attnreg.testing import BackendConformance, cases, make_inputs
+from attnreg.testing.candidate import check_candidate
+from attnreg.testing.dropout import check_dropout
+from attnreg_triton.block_sparse import TritonBlockSparse
+
+HARDWARE = detect("cpu")
+SPARSE = TritonBlockSparse()
+TAKEN = taken(SPARSE, cases())
+PAGED = [without_gradients(case) for case in cases() if case.spec.page_size is not None]
+# What the flash backend refuses, which is what this one is for.
+OWN = (
+    "chunked", "chunked_causal", "dilated", "global", "global_mask", "longformer", "dense", "dense_heads", "dense_keys",
+    "dense_rank_2", "custom", "not_window", "composed", "blocks", "blocks_causal", "blocks_batch", "bigbird",
+    "bigbird_causal", "strided", "strided_full", "thd_union", "thd_bigbird", "thd_dense", "everything",
+    "padding_causal",
+)  # fmt: skip
+
+
+def problem(spec: AttentionSpec, **sizes: object) -> Problem:
+    """A small float32 problem of the spec; sizes override."""
+    plain = {"batch": 2, "q_heads": 4, "kv_heads": 2, "sq": 50, "skv": 70, "head_dim": 16, "dtype": "float32"}
+    merged = plain | sizes
+    width = merged["head_dim"]
+    merged = {"head_dim_k": width, "head_dim_v": width, "kv_dtype": merged["dtype"]} | merged
+    merged["square"] = merged["sq"] == merged["skv"]
+    return Problem(spec=spec, **merged)  # type: ignore[arg-type]  # sizes come by name
+
+
+def judge(asked: Problem, **config: int) -> None:
+    """The backend's result under a configuration passes the gate's rule."""
+    inputs = make_inputs(asked)
+    assert SPARSE.supports(inputs.problem, HARDWARE) == []
+    chosen = SPARSE.space(inputs.problem, HARDWARE).check(config)
+    result = check_candidate(SPARSE.prepare(inputs.problem, chosen), inputs)
+    assert result.ok, result.reason
+
+
+class TestTritonBlockSparse(BackendConformance):
+    backend = SPARSE
+    cases = tuple(case for case in quick(TAKEN) if case.name.split("/")[0] in OWN)
+    configurations = 1
+
+
+class TestTritonBlockSparsePaged(BackendConformance):
+    backend = SPARSE
+    cases = tuple(case for case in quick(taken(SPARSE, PAGED)) if "union" in case.name or "lengths" in case.name)
+    configurations = 1
+
+
+@pytest.mark.slow
+class TestTritonBlockSparseWhole(BackendConformance):
+    backend = SPARSE
+    cases = (*TAKEN, *taken(SPARSE, PAGED))
+
+
+@pytest.mark.slow
+class TestTritonBlockSparseLarger(BackendConformance):
+    backend = SPARSE
+    cases = taken(SPARSE, cases(slow=True))
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16), (32, 128), (128, 32)])
+def test_every_block_size(tile: tuple[int, int]) -> None:
+    """Blocks longer and shorter than the pattern's own, than a word of bits and than the sequence say the same."""
+    spec = AttentionSpec(
+        mask=masks.Global((0, 33)) | masks.SlidingWindow(9, 4),
+        sparsity=sparsity.BigBird(8, random_blocks=2, seed=5),
+        return_lse=True,
+    )
+    judge(problem(spec, sq=70, skv=90, grads=frozenset("qkv")), block_m=tile[0], block_n=tile[1])
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0, 0), (1, 0, 1, 0), (0, 1, 0, 0), (1, 1, 1, 1), (0, 0)])
+def test_bias_gradient_of_every_broadcast(dims: tuple[int, ...]) -> None:
+    """The bias's gradient is zero in blocks that are not live and sums over what it broadcasts over."""
+    spec = AttentionSpec(mask=masks.Chunked(24), bias=True, softcap=8.0)
+    tensors = (TensorInfo("bias", "float32", dims),)
+    judge(problem(spec, tensors=tensors, grads=frozenset({"q", "bias"})), block_m=32, block_n=16)
+
+
+@pytest.mark.parametrize("width", [(24, 16), (80, 40), (192, 128)])
+def test_head_in_pieces(width: tuple[int, int]) -> None:
+    """A head that is no power of two is padded or cut into a block and a tail, with the same result."""
+    spec = AttentionSpec(mask=masks.Dilated(9, 3), sinks=True, alibi=True)
+    sizes = {"head_dim": width[0], "head_dim_v": width[1], "batch": 1, "q_heads": 2, "kv_heads": 1}
+    judge(problem(spec, **sizes, grads=frozenset({"q", "k", "v", "sinks"})))
+
+
+def test_dropout_is_one_mask_forward_and_backward() -> None:
+    """Which weights stay is read off the forward pass; out and gradients are the oracle's for exactly those."""
+    spec = AttentionSpec(mask=masks.Causal(), sparsity=sparsity.Strided(8, 2, 3), dropout_p=0.3)
+    inputs = make_inputs(problem(spec, batch=1, sq=40, skv=40, grads=frozenset("qkv")))
+    config = SPARSE.space(inputs.problem, HARDWARE).check({"block_m": 32, "block_n": 16})
+    result = check_dropout(SPARSE.prepare(inputs.problem, config), inputs)
+    assert result.ok, result.reason
+
+
+def test_a_full_block_is_bounded_by_what_exists() -> None:
+    """Keys behind `seqused_k` and behind a packed sequence's end lie in full blocks and still leave no trace."""
+    used = (TensorInfo("seqused_k", "int32", (0,)),)
+    judge(problem(AttentionSpec(return_lse=True), tensors=used), block_m=16, block_n=32)
+    packed = {"batch": 3, "total_q": 70, "total_k": 90}
+    judge(problem(AttentionSpec(layout="thd", return_lse=True), **packed, grads=frozenset("qkv")), block_m=32)
+
+
+def test_one_gradient_alone() -> None:
+    """Asking for dv alone, or dq alone, gives what asking for all gives."""
+    spec = AttentionSpec(mask=masks.Chunked(13))
+    inputs = make_inputs(problem(spec, grads=frozenset("qkv")))
+    config = SPARSE.space(inputs.problem, HARDWARE).default
+    run = SPARSE.prepare(inputs.problem, config)
+    named = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+    whole = torch.autograd.grad(run(**named).sum(), list(named.values()))
+    for n, name in enumerate(named):
+        given = {x: value.detach().requires_grad_(x == name) for x, value in named.items()}
+        alone = SPARSE.prepare(replace(inputs.problem, grads=frozenset(name)), config)
+        torch.testing.assert_close(torch.autograd.grad(alone(**given).sum(), given[name])[0], whole[n], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "float64", "kv_dtype": "float64"}, "float64"),
+        ({"kv_dtype": "int8"}, "int8"),
+        ({"head_dim": 300, "head_dim_k": 300}, "300"),
+        ({"traced": True}, "traced"),
+        ({"spec": AttentionSpec(score=scores.Additive())}, "Additive"),
+        ({"spec": AttentionSpec(page_size=16), "grads": frozenset("q"), "pages": 8}, "gradient"),
+    ],
+)
+def test_refusals_name_the_reason(change: dict[str, object], words: str) -> None:
+    reasons = SPARSE.supports(replace(problem(AttentionSpec()), **change), HARDWARE)  # type: ignore[arg-type]  # by name
+    assert any(words in reason for reason in reasons), reasons
