@@ -20,7 +20,10 @@ from .launch import (
     sizes,
     strided,
 )
-from .plan import Plan
+from .plan import Plan, Tile
+
+BIAS_TILE = Tile(32, 32, 4, 1)
+"""The gradient of a bias is rare and bound by recomputing scores: one small tile that fits every head and target."""
 
 
 def forward_kernel() -> Any:
@@ -116,7 +119,7 @@ def bias_kernel() -> Any:
 def delta_launch(plan: Plan, size: Sizes, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
     """`delta = rowsum(out * dout) - dlse`, float32, in lse's shape."""
     block = max(16, next_power_of_two(size.value_dim))
-    rows = max(1, 4096 // block)
+    rows = max(1, 2048 // block)
     arguments = {
         "out": strided(out, plan.layout),
         "dout": strided(dout, plan.layout),
@@ -173,7 +176,7 @@ def backward_launches(
 
 def bias_launch(plan: Plan, size: Sizes, shared: dict[str, Any], dbias: Tensor) -> Launch:
     """The gradient of a [1 or B, 1 or Hq, 1 or Sq, 1 or Skv] bias."""
-    tile = plan.backward_q
+    tile = BIAS_TILE
     batch, heads, rows, keys = dbias.shape
     # An axis of size 1 is owned whole by one program, which sums over it.
     q_tiles = 1 if rows == 1 else -(-rows // tile.m)

@@ -1,10 +1,116 @@
-"""Known-good tiles of the flash kernels per architecture and head size: what the tuner tries first."""
+"""Known-good tiles of the flash kernels per architecture and head size: what the tuner tries first.
+
+Forward seeds for heads of 128 on sm_80, sm_90 and sm_100 follow the tuned choices that the Triton and FlexAttention
+projects publish (A100: 128, 64, 8 warps, 3 stages; H100: that, and 128, 128 in float16; B200: 128, 64, 8, 2). The
+others are the largest tiles that cross-compiled for the architecture without a spilled register.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 from attnreg import Hardware, Problem
 
 TileTuple = tuple[int, int, int, int]
+Family = Literal["ampere", "ada", "hopper", "blackwell", "cdna", "rdna", "cpu"]
+Width = Literal["narrow", "medium", "wide", "latent"]
+
+
+class Seeds(NamedTuple):
+    """Tiles (block_m, block_n, warps, stages), best guess first; backward ones pair by position."""
+
+    forward: tuple[TileTuple, ...]
+    dq: tuple[TileTuple, ...]
+    dkv: tuple[TileTuple, ...]
+
+
+HALF: dict[tuple[Family, Width], Seeds] = {
+    ("ampere", "narrow"): Seeds(
+        ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+        ((128, 64, 8, 2), (64, 64, 4, 2)),
+        ((64, 128, 8, 2), (64, 64, 4, 2)),
+    ),
+    ("ampere", "medium"): Seeds(
+        ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 2)),
+        ((64, 64, 8, 2), (128, 64, 8, 2)),
+        ((64, 64, 8, 2), (32, 64, 8, 2)),
+    ),
+    ("ampere", "wide"): Seeds(((64, 32, 8, 2), (64, 32, 4, 2)), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
+    ("ada", "narrow"): Seeds(
+        ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+        ((128, 64, 8, 2), (64, 64, 4, 2)),
+        ((64, 128, 8, 2), (64, 64, 4, 2)),
+    ),
+    ("ada", "medium"): Seeds(
+        ((128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 8, 2)),
+        ((64, 64, 8, 2), (128, 32, 8, 2)),
+        ((64, 64, 8, 2), (32, 64, 8, 2)),
+    ),
+    ("ada", "wide"): Seeds(((64, 32, 8, 2), (64, 16, 4, 2)), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
+    ("hopper", "narrow"): Seeds(
+        ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+        ((128, 64, 8, 2), (64, 64, 4, 2)),
+        ((64, 64, 8, 2), (32, 64, 4, 2)),
+    ),
+    ("hopper", "medium"): Seeds(
+        ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)),
+        ((128, 64, 8, 2), (64, 64, 8, 2)),
+        ((64, 64, 8, 2), (32, 128, 8, 2)),
+    ),
+    ("hopper", "wide"): Seeds(((128, 32, 8, 2), (64, 32, 4, 2)), ((64, 32, 8, 2),), ((16, 32, 8, 2),)),
+    ("blackwell", "narrow"): Seeds(
+        ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2)),
+        ((128, 64, 8, 2), (64, 64, 8, 2)),
+        ((64, 128, 8, 2), (32, 64, 8, 2)),
+    ),
+    ("blackwell", "medium"): Seeds(
+        ((128, 64, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3)),
+        ((128, 64, 8, 2), (64, 64, 8, 2)),
+        ((64, 128, 8, 2), (32, 64, 8, 2)),
+    ),
+    ("blackwell", "wide"): Seeds(((128, 32, 8, 2), (64, 32, 4, 2)), ((64, 32, 8, 2),), ((16, 64, 8, 2),)),
+    ("cdna", "narrow"): Seeds(
+        ((128, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2)),
+        ((64, 64, 4, 2), (64, 32, 4, 2)),
+        ((32, 64, 4, 1), (16, 64, 4, 2)),
+    ),
+    ("cdna", "medium"): Seeds(
+        ((128, 64, 4, 1), (128, 32, 4, 2), (64, 32, 4, 2)),
+        ((64, 64, 4, 2), (64, 32, 4, 2)),
+        ((32, 64, 4, 1), (16, 64, 4, 2)),
+    ),
+    ("cdna", "wide"): Seeds(((64, 32, 4, 1), (32, 32, 4, 1)), ((32, 32, 4, 1),), ((16, 32, 4, 1),)),
+    ("rdna", "narrow"): Seeds(((128, 64, 8, 1), (64, 32, 8, 1)), ((64, 32, 8, 1),), ((16, 16, 4, 1),)),
+    ("rdna", "medium"): Seeds(((64, 32, 16, 1), (32, 16, 4, 1)), ((32, 16, 8, 1),), ((16, 16, 8, 1),)),
+    ("rdna", "wide"): Seeds(((32, 16, 8, 1),), ((16, 16, 8, 1),), ((16, 16, 8, 1),)),
+}
+DECODE: dict[Width, tuple[TileTuple, ...]] = {
+    "narrow": ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2)),
+    "medium": ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3)),
+    "wide": ((16, 32, 4, 3), (16, 32, 4, 2)),
+    "latent": ((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
+}
+
+
+def family(hardware: Hardware) -> Family:
+    """Architectures that share seeds: consumer NVIDIA parts have Ampere's instructions and 99 KiB of shared memory."""
+    if hardware.kind == "cpu":
+        return "cpu"
+    if hardware.kind == "hip":
+        return "cdna" if hardware.arch.startswith("gfx9") else "rdna"
+    if hardware.arch.startswith("sm_9"):
+        return "hopper"
+    if hardware.arch.startswith("sm_10"):
+        return "blackwell"
+    return "ampere" if hardware.arch == "sm_80" else "ada"
+
+
+def width(problem: Problem) -> Width:
+    """Classes of head size; latent: MLA's 576 and 512 columns."""
+    size = max(problem.head_dim, problem.head_dim_v)
+    if size > 256:
+        return "latent"
+    return "narrow" if size <= 64 else "medium" if size <= 128 else "wide"
 
 
 def product_precisions(hardware: Hardware) -> tuple[str, ...]:
@@ -12,18 +118,31 @@ def product_precisions(hardware: Hardware) -> tuple[str, ...]:
     return ("tf32x3", "ieee") if hardware.kind == "cuda" else ("ieee",)
 
 
-def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) -> list[TileTuple]:
+def _single(size: Width) -> Seeds:
+    """Float32 tiles: a product in three TF32 parts holds three times the operands, so tiles stay small."""
+    if size == "narrow":
+        return Seeds(((32, 32, 4, 2), (16, 32, 4, 2)), ((16, 32, 8, 1),), ((16, 32, 8, 1),))
+    return Seeds(((32, 32, 8, 2), (16, 16, 4, 2)), ((16, 16, 8, 1),), ((16, 16, 8, 1),))
+
+
+def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) -> tuple[TileTuple, ...]:
     """(block_m, block_n, warps, stages), best guess first."""
-    if hardware.kind == "cpu":
+    group, size = family(hardware), width(problem)
+    if group == "cpu":
         # The interpreter pays by the operation, not by the element.
-        return [(64, 64, 4, 2), (32, 128, 4, 2)]
+        return ((64, 64, 4, 2), (32, 128, 4, 2))
+    if problem.dtype == "float32":
+        return _single(size).forward
     if decode:
-        return [(16, 64, 4, 3), (16, 32, 4, 3), (32, 64, 4, 3), (16, 32, 4, 2)]
-    return [(64, 32, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)]
+        stages = 1 if group == "rdna" else 2 if group == "cdna" else 4
+        return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in DECODE[size])
+    return HALF[group, size].forward
 
 
 def backward_tiles(problem: Problem, hardware: Hardware) -> list[tuple[TileTuple, TileTuple]]:
     """(dq tile, dkv tile) pairs, best guess first."""
-    if hardware.kind == "cpu":
+    group, size = family(hardware), width(problem)
+    if group == "cpu":
         return [((64, 64, 4, 2), (64, 64, 4, 2)), ((128, 32, 4, 2), (32, 128, 4, 2))]
-    return [((64, 32, 4, 2), (32, 32, 4, 2)), ((64, 64, 8, 2), (32, 64, 8, 2))]
+    seeds = _single(size) if problem.dtype == "float32" else HALF[group, size]
+    return list(zip(seeds.dq, seeds.dkv, strict=False))

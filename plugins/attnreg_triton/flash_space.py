@@ -55,7 +55,7 @@ def _choices(prefix: str, problem: Problem, kernel: str) -> dict[str, Sequence[C
     return {
         f"{prefix}block_m": block_m,
         f"{prefix}block_n": block_n,
-        f"{prefix}num_warps": (1, 2, 4, 8) if kernel == "decode" else (2, 4, 8),
+        f"{prefix}num_warps": (1, 2, 4, 8) if kernel == "decode" else (2, 4, 8, 16),
         f"{prefix}num_stages": (1, 2, 3, 4, 5),
     }
 
