@@ -112,7 +112,7 @@ def _read(data: Mapping[str, Any]) -> Record:
         version=_text("version", data["version"]),
         config=_config("config", data["config"]),
         hardware=hardware,
-        software=_facts("software", data["software"]),
+        software=_software(data["software"]),
         date=_text("date", data["date"]),
         origin=origin,
         policy=_policy(data.get("policy", {})),
@@ -209,6 +209,13 @@ def _facts(name: str, value: object) -> dict[str, Any]:
         if not all(isinstance(x, (str, int, float, bool)) or x is None for x in inner):
             raise _bad(f"{name}.{key}", "a number, a text, or a flat list of them", item)
     return dict(value)
+
+
+def _software(value: object) -> dict[str, Any]:
+    facts = _facts("software", value)
+    for name in facts.get("backends", {}) if isinstance(facts.get("backends", {}), Mapping) else [None]:
+        _backend("software.backends", name)
+    return facts
 
 
 def _config(name: str, value: object) -> dict[str, Any]:

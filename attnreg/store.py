@@ -63,9 +63,9 @@ class Store:
     ) -> list[Match]:
         """The records that speak for the problem, best first; never raises for what a database holds.
 
-        versions: backend name -> version, as loaded. Order: fresh before stale, exact before nearest, then
-        user, plugin, shipped, then the sizes nearest to the problem's; static records last. A neighbour agrees
-        in everything but batch, lengths and pages.
+        versions: backend name -> version, as loaded. Order: fresh before stale, exact before nearest, then user,
+        plugin, shipped, then who compared more of the loaded backends, then the sizes nearest to the problem's;
+        static records last. A neighbour agrees in everything but batch, lengths and pages.
         """
         try:
             wanted = problem_class(problem)
@@ -85,7 +85,8 @@ class Store:
             rung: Rung = "static" if record.origin == "static" else layer if away == 0 else "nearest"
             match = Match(rung, record.backend, dict(record.config), record, away, stale, layer)
             within = distance(problem, record.problem)
-            order = (rung == "static", bool(stale), away > 0, away, _LAYERS.index(layer), within)
+            compared = len(set(versions) & set(record.software.get("backends", ())))
+            order = (rung == "static", bool(stale), away > 0, away, _LAYERS.index(layer), -compared, within)
             ranked.append((order, record.date, match))
         ranked.sort(key=lambda item: item[1], reverse=True)
         ranked.sort(key=lambda item: item[0])

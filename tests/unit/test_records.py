@@ -55,6 +55,8 @@ BAD = [
     ("origin", "guessed", "origin"),
     ("hardware", {"slug": "../../etc"}, "hardware.slug"),
     ("hardware", {}, "hardware.slug"),
+    ("software", {"backends": 5}, "software.backends"),
+    ("software", {"backends": {"../x": "1"}}, "software.backends"),
     ("times", {"n": 3, "values": [1, 2]}, "times.values"),
     ("times", {"n": 3, "values": [7, 6, 5, 4, 3, 2, 1]}, "rising"),
     ("times", {"n": 3, "values": [0, 1, 1, 1, 1, 1, 1]}, "times.values"),

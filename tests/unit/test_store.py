@@ -60,6 +60,13 @@ def test_all_sizes_of_a_bucket_are_exact_and_the_nearest_comes_first(here: Store
     assert find(here, at(290)) == [("user", "sdpa", 0.0), ("user", "cpu", 0.0)]
 
 
+def test_a_record_that_compared_more_backends_outranks_a_later_one(here: Store) -> None:
+    here.add(record())
+    later = {"software": {**record().software, "backends": {"eager": "1"}}, "date": "2026-12-01T00:00:00Z"}
+    here.add(record(backend="eager", config={}, runner_up=None, **later))
+    assert find(here, problem()) == [("user", "cpu", 0.0), ("user", "eager", 0.0)]
+
+
 def test_neighbours_are_ordered_by_distance_and_end(here: Store) -> None:
     for size, name in ((128, "a"), (256, "b"), (2048, "c"), (16384, "d")):
         here.add(record(backend=name, problem=at(size)))
