@@ -78,7 +78,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         "block_kv": _default_block(problem),
         "kv_heads": heads[-1] if beside else 1,
         "widen_rows": 9,
-        "prefetch": 4096 if problem.kv_dtype == "float32" else 8192,
+        "prefetch": _default_prefetch(problem),
     }
     narrow = problem.kv_dtype != "float32"
     return SearchSpace(
@@ -86,7 +86,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             "kv_splits": [0, 1, 2, 4, 8, 16, 32],
             "block_kv": [32, 64, 128, 256, 512, 1024, 2048],
             "kv_heads": heads,
-            "prefetch": [0, 1024, 2048, 4096, 8192, 16384],
+            "prefetch": [0, 1024, 2048, 4096, 8192, 16384, 32768],
             "widen_rows": [1, 2, 3, 5, 9] if narrow else [9],
         },
         default=default,
@@ -96,7 +96,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
                 lambda c: _scratch(problem, c) <= (hardware.caches[1] or 2**19) or c == default,
             )
         ],
-        seeds=[default, {**default, "block_kv": 128}, {**default, "prefetch": 16384}],
+        seeds=[default, {**default, "block_kv": 128}, {**default, "prefetch": 4096}],
     )
 
 
@@ -106,6 +106,13 @@ def _default_block(problem: Problem) -> int:
     rows = problem.sq * problem.group
     room = 64 * 1024 if rows <= ONE_PASS else 32 * 1024
     return next((n for n in (512, 256, 128) if n * row <= room and (rows <= ONE_PASS or n <= 128)), 64)
+
+
+def _default_prefetch(problem: Problem) -> int:
+    """Bytes ahead: more arithmetic between two rows needs more of them under way."""
+    if problem.sq * problem.group >= 3:
+        return 16384
+    return 4096 if problem.kv_dtype == "float32" else 8192
 
 
 def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:
