@@ -10,7 +10,7 @@ from typing import Any
 from attnreg.bench.claims import CLAIMS, Claim
 from attnreg.bench.run import OURS, CaseResult
 
-__all__ = ["Held", "hold", "markdown", "milliseconds", "ratio_text", "to_json"]
+__all__ = ["Held", "hold", "markdown", "milliseconds", "ratio_text", "shares_text", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,13 @@ def ratio_text(result: CaseResult, name: str) -> str:
     return f"{middle:.2f}x{spread}"
 
 
+def shares_text(result: CaseResult) -> str:
+    """`79% of 510 GFLOP/s, 5% of 62.4 GB/s`; no share of arithmetic where a call tensor decides how much there is."""
+    (fma, read), peaks = result.shares, result.peaks
+    text = f"{read:.0%} of {peaks.read / 1e9:.1f} GB/s"
+    return text if math.isnan(fma) else f"{fma:.0%} of {peaks.flops / 1e9:.0f} GFLOP/s, {text}"
+
+
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds with three digits."""
     return f"{seconds * 1e3:.3g}"
@@ -101,9 +108,7 @@ def _span(values: Iterable[float]) -> str:
 
 
 def _rows(result: CaseResult) -> list[str]:
-    of_peaks = (
-        f"{result.shares[0]:.0%} of multiply-add, {result.shares[1]:.0%} of read; {result.dropped} rounds dropped"
-    )
+    of_peaks = f"{shares_text(result)}; {result.dropped} rounds dropped"
     out = []
     for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
         if c.name == OURS:
@@ -132,7 +137,7 @@ def to_json(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> dict[s
                 "chosen": r.chosen,
                 "dropped": r.dropped,
                 "peaks": {"flops": r.peaks.flops, "read": r.peaks.read, "how": r.peaks.how},
-                "share_of_flops": r.shares[0],
+                "share_of_flops": None if math.isnan(r.shares[0]) else r.shares[0],
                 "share_of_read": r.shares[1],
                 "contestants": [{"name": c.name, "samples": list(c.samples), "why": c.why} for c in r.contestants],
                 "ratios": {name: list(ratio) for name, ratio in r.ratios.items()},

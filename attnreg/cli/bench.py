@@ -17,7 +17,7 @@ from rich.table import Table
 from attnreg.bench.chart import write_chart
 from attnreg.bench.overhead import measure_overhead
 from attnreg.bench.peers import PEERS
-from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, to_json
+from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, shares_text, to_json
 from attnreg.bench.run import OURS, CaseResult, Options, run_case
 from attnreg.cli import app, console
 from attnreg.hardware import Hardware, detect
@@ -92,13 +92,8 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
 
 
 def _print_case(result: CaseResult) -> None:
-    (fma, read), peaks = result.shares, result.peaks
     console.print(f"[bold]{escape(result.case)}[/bold]  {result.problem}", highlight=False)
-    console.print(
-        f"attnreg ran {result.chosen}; {fma:.0%} of {peaks.flops / 1e9:.0f} GFLOP/s, "
-        f"{read:.0%} of {peaks.read / 1e9:.1f} GB/s",
-        highlight=False,
-    )
+    console.print(f"attnreg ran {result.chosen}; {shares_text(result)}", highlight=False)
     table = Table("contestant", "median ms", "its time over ours", box=None, pad_edge=False)
     for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
         if c.name == OURS:
