@@ -45,6 +45,6 @@ class Probes:
         return all(mine <= SLOW * usual for mine, usual in zip(now, self._usual(), strict=True))
 
     def _usual(self) -> tuple[float, float]:
-        """The fast quarter of what was seen: disturbances only ever slow a probe down."""
+        """The fast tenth of what was seen: disturbances only ever slow a probe down."""
         by_kind = [sorted(kind) for kind in zip(*self._seen, strict=True)]
-        return by_kind[0][len(by_kind[0]) // 4], by_kind[1][len(by_kind[1]) // 4]
+        return by_kind[0][len(by_kind[0]) // 10], by_kind[1][len(by_kind[1]) // 10]

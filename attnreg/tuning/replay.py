@@ -1,149 +1,27 @@
-"""Replay: record a whole space once, then run the tuner on the recording, to see how much of it the tuner needs."""
+"""Replay: run the tuner on recorded spaces, to see how much of a space it needs to find the best."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import optuna
 from rich.console import Console
 from rich.table import Table
 
-from attnreg import registry
-from attnreg.errors import RecordError
-from attnreg.hardware import detect
-from attnreg.measure import About, Candidate, Opened, Plan, Refusal, Round, Verdict, Worker
-from attnreg.problem import Problem
-from attnreg.records import software
-from attnreg.space import Config, SearchSpace
+from attnreg.measure import About, Candidate, Opened, Round, Verdict
 from attnreg.tuning.evaluate import Evaluator
-from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.race import race
+from attnreg.tuning.recording import Recording, recordings
 from attnreg.tuning.search import Search, make_sampler
 
-__all__ = [
-    "Recording",
-    "ReplayBench",
-    "Row",
-    "compare",
-    "record_space",
-    "recordings",
-    "replay",
-    "replay_random",
-    "show",
-]
+__all__ = ["ReplayBench", "Row", "compare", "replay", "replay_random", "show"]
 
 FINALISTS = 6
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Times of every point of a problem's joint space, measured in interleaved rounds.
-
-    points: each candidate with one time a round, in seconds; empty where it failed the gate or broke. defaults and
-    seeds: what the backends offered to start from. about: hardware slug, software, date and threads.
-    """
-
-    name: str
-    problem: Problem
-    spaces: dict[str, dict[str, list[Any]]]
-    points: tuple[tuple[Candidate, tuple[float, ...]], ...]
-    starts: tuple[Candidate, ...]
-    about: dict[str, Any]
-
-    def space(self) -> JointSpace:
-        """The recorded space; what was not a valid point then is none now."""
-        valid = {c.key for c, _ in self.points}
-        return JointSpace({name: _recorded(name, choices, valid) for name, choices in self.spaces.items()})
-
-    def truth(self) -> dict[str, float]:
-        """Time of each usable candidate by key, relative to its rounds' middle: what drifted over rounds cancels."""
-        usable = [(c.key, times) for c, times in self.points if times]
-        count = min(len(times) for _, times in usable)
-        middles = [statistics.median(times[n] for _, times in usable) for n in range(count)]
-        scale = statistics.median(middles)
-        return {key: scale * statistics.median(times[n] / middles[n] for n in range(count)) for key, times in usable}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        rows = [[c.backend, dict(c.config), [float(f"{t:.4g}") for t in times]] for c, times in self.points]
-        return {
-            "name": self.name,
-            "problem": self.problem.to_json(),
-            "spaces": self.spaces,
-            "points": rows,
-            "starts": [[c.backend, dict(c.config)] for c in self.starts],
-            "about": self.about,
-        }
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Recording:
-        """The recording that `to_json` described. Raises RecordError if it is none."""
-        try:
-            points = tuple((Candidate(b, config), tuple(map(float, times))) for b, config, times in data["points"])
-            starts = tuple(Candidate(b, config) for b, config in data["starts"])
-            problem = Problem.from_json(data["problem"])
-            return Recording(data["name"], problem, data["spaces"], points, starts, data["about"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"recording: {error!r}") from error
-
-
-def record_space(
-    name: str,
-    problem: Problem,
-    backends: Sequence[str],
-    *,
-    rounds: int = 9,
-    threads: int = 0,
-    time_limit: float = 120.0,
-    on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
-) -> Recording:
-    """Gate and time every point of the joint space of these backends; threads: torch's, 0 for what it has."""
-    hardware = detect(problem.device)
-    entries = registry.current().entries
-    spaces = {b: entries[b].backend.space(problem, hardware) for b in backends}
-    joint = JointSpace(spaces)
-    every = list(joint.points())
-    usable: list[Candidate] = []
-    times: dict[str, list[float]] = {c.key: [] for c in every}
-    with Worker(Plan(problem, threads=threads, time_limit=time_limit, leak_seconds=0.0)) as worker:
-        for n, candidate in enumerate(every):
-            on_progress("gate", n, len(every))
-            try:
-                if worker.gate(candidate, "quick").ok:
-                    worker.open(candidate)
-                    usable.append(candidate)
-            except Refusal:
-                continue
-        for n in range(rounds):
-            on_progress("time", n, rounds)
-            [one] = worker.rounds(usable, 1)
-            for candidate, seconds in zip(usable, one.seconds, strict=True):
-                times[candidate.key].append(seconds)
-        about = {
-            "hardware": hardware.slug,
-            "software": {**software(), "backends": {b: worker.about().versions[b] for b in backends}},
-            "threads": worker.plan.threads,
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
-    starts = [Candidate(b, s.default) for b, s in sorted(spaces.items())]
-    starts += [Candidate(b, seed) for b, s in sorted(spaces.items()) for seed in s.seeds]
-    points = tuple((c, tuple(times[c.key])) for c in every)
-    return Recording(name, problem, joint.signature(), points, tuple(starts), about)
-
-
-def recordings(folder: Path | None = None) -> list[Recording]:
-    """The recordings in a folder; those that come with attnreg unless one is given."""
-    root = folder if folder is not None else Path(str(files("attnreg.tuning"))) / "replays"
-    return [Recording.from_json(json.loads(path.read_text())) for path in sorted(root.glob("*.json"))]
 
 
 class ReplayBench:
@@ -274,15 +152,6 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
     truth = recording.truth()
     assert finish is not None, "a recording does not break"
     return truth[finish.winner.key] / min(truth.values()) - 1
-
-
-def _recorded(name: str, choices: dict[str, list[Any]], valid: set[str]) -> SearchSpace:
-    def recorded(config: Config) -> bool:
-        return Candidate(name, config).key in valid
-
-    made = SearchSpace({choice: tuple(values) for choice, values in choices.items()})
-    default = next(point for point in made.points() if recorded(point))
-    return replace(made, default=default, constraints=[("a recorded point", recorded)])
 
 
 def show(console: Console, seeds: int = 20) -> list[Row]:

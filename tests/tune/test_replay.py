@@ -13,7 +13,8 @@ from attnreg.errors import RecordError
 from attnreg.measure import Candidate
 from attnreg.suites import suite
 from attnreg.tuning import replay
-from attnreg.tuning.replay import Recording, ReplayBench, compare, recordings
+from attnreg.tuning.recording import Recording, recordings
+from attnreg.tuning.replay import ReplayBench, compare
 
 RECORDINGS = recordings()
 

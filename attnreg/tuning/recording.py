@@ -1,0 +1,151 @@
+"""Recordings: every point of a problem's joint space, gated and timed once, as data to replay searches on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attnreg import registry
+from attnreg.errors import RecordError
+from attnreg.hardware import detect
+from attnreg.measure import Candidate, Plan, Refusal, Worker
+from attnreg.problem import Problem
+from attnreg.records import software
+from attnreg.space import Config, SearchSpace
+from attnreg.tuning.joint import JointSpace
+
+__all__ = ["Recording", "record_space", "recordings"]
+
+AGAIN = 8
+"""How often a sample that the probes call disturbed is taken again."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Times of every point of a problem's joint space, measured in interleaved rounds.
+
+    points: each candidate with one time a round, in seconds; empty where it failed the gate or broke. defaults and
+    seeds: what the backends offered to start from. about: hardware slug, software, date and threads.
+    """
+
+    name: str
+    problem: Problem
+    spaces: dict[str, dict[str, list[Any]]]
+    points: tuple[tuple[Candidate, tuple[float, ...]], ...]
+    starts: tuple[Candidate, ...]
+    about: dict[str, Any]
+
+    def space(self) -> JointSpace:
+        """The recorded space; what was not a valid point then is none now."""
+        valid = {c.key for c, _ in self.points}
+        return JointSpace({name: _recorded(name, choices, valid) for name, choices in self.spaces.items()})
+
+    def truth(self) -> dict[str, float]:
+        """Time of each usable candidate by key, relative to its rounds' middle: what drifted over rounds cancels."""
+        usable = [(c.key, times) for c, times in self.points if times]
+        count = min(len(times) for _, times in usable)
+        middles = [statistics.median(times[n] for _, times in usable) for n in range(count)]
+        scale = statistics.median(middles)
+        return {key: scale * statistics.median(times[n] / middles[n] for n in range(count)) for key, times in usable}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        rows = [[c.backend, dict(c.config), [float(f"{t:.4g}") for t in times]] for c, times in self.points]
+        return {
+            "name": self.name,
+            "problem": self.problem.to_json(),
+            "spaces": self.spaces,
+            "points": rows,
+            "starts": [[c.backend, dict(c.config)] for c in self.starts],
+            "about": self.about,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recording:
+        """The recording that `to_json` described. Raises RecordError if it is none."""
+        try:
+            points = tuple((Candidate(b, config), tuple(map(float, times))) for b, config, times in data["points"])
+            starts = tuple(Candidate(b, config) for b, config in data["starts"])
+            problem = Problem.from_json(data["problem"])
+            return Recording(data["name"], problem, data["spaces"], points, starts, data["about"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"recording: {error!r}") from error
+
+
+def record_space(
+    name: str,
+    problem: Problem,
+    backends: Sequence[str],
+    *,
+    rounds: int = 9,
+    threads: int = 0,
+    time_limit: float = 120.0,
+    on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
+) -> Recording:
+    """Gate and time every point of the joint space of these backends; threads: torch's, 0 for what it has."""
+    hardware = detect(problem.device)
+    entries = registry.current().entries
+    spaces = {b: entries[b].backend.space(problem, hardware) for b in backends}
+    joint = JointSpace(spaces)
+    every = list(joint.points())
+    usable: list[Candidate] = []
+    times: dict[str, list[float]] = {c.key: [] for c in every}
+    with Worker(Plan(problem, threads=threads, time_limit=time_limit, leak_seconds=0.0)) as worker:
+        for n, candidate in enumerate(every):
+            on_progress("gate", n, len(every))
+            try:
+                if worker.gate(candidate, "quick").ok:
+                    worker.open(candidate)
+                    usable.append(candidate)
+            except Refusal:
+                continue
+        for n in range(rounds):
+            on_progress("time", n, rounds)
+            for candidate, seconds in _quiet_round(worker, usable).items():
+                times[candidate.key].append(seconds)
+        about = {
+            "hardware": hardware.slug,
+            "software": {**software(), "backends": {b: worker.about().versions[b] for b in backends}},
+            "threads": worker.plan.threads,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+    starts = [Candidate(b, s.default) for b, s in sorted(spaces.items())]
+    starts += [Candidate(b, seed) for b, s in sorted(spaces.items()) for seed in s.seeds]
+    points = tuple((c, tuple(times[c.key])) for c in every)
+    return Recording(name, problem, joint.signature(), points, tuple(starts), about)
+
+
+def _quiet_round(worker: Worker, usable: list[Candidate]) -> dict[Candidate, float]:
+    """One sample of each; those that the probes call disturbed are taken again, up to `AGAIN` times."""
+    out: dict[Candidate, float] = {}
+    left = usable
+    for _ in range(AGAIN + 1):
+        [one] = worker.rounds(left, 1)
+        for candidate, seconds in zip(left, one.seconds, strict=True):
+            out[candidate] = min(seconds, out.get(candidate, math.inf))
+        left = [c for c, quiet in zip(left, one.quiet, strict=True) if not quiet]
+        if not left:
+            break
+    return out
+
+
+def recordings(folder: Path | None = None) -> list[Recording]:
+    """The recordings in a folder; those that come with attnreg unless one is given."""
+    root = folder if folder is not None else Path(str(files("attnreg.tuning"))) / "replays"
+    return [Recording.from_json(json.loads(path.read_text())) for path in sorted(root.glob("*.json"))]
+
+
+def _recorded(name: str, choices: dict[str, list[Any]], valid: set[str]) -> SearchSpace:
+    def recorded(config: Config) -> bool:
+        return Candidate(name, config).key in valid
+
+    made = SearchSpace({choice: tuple(values) for choice, values in choices.items()})
+    default = next(point for point in made.points() if recorded(point))
+    return replace(made, default=default, constraints=[("a recorded point", recorded)])
