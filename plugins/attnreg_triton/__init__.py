@@ -1,4 +1,4 @@
-"""Triton backends: flash, split-KV decoding, block-sparse. Importing this package imports no Triton."""
+"""Triton backends: flash, split-KV decoding, block-sparse, FP8. Importing this package imports no Triton."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def attnreg_backends() -> list[Backend]:
     """Called once by attnreg; Triton loads when a problem on a capable device needs a kernel."""
     from .block_sparse import TritonBlockSparse
     from .flash import TritonDecode, TritonFlash
+    from .fp8 import TritonFp8
 
-    return [TritonFlash(), TritonDecode(), TritonBlockSparse()]
+    return [TritonFlash(), TritonDecode(), TritonBlockSparse(), TritonFp8()]
 
 
 @hookimpl

@@ -88,14 +88,38 @@ class Mask(NamedTuple):
     blocks: Any = None
 
 
+class Descale(NamedTuple):
+    """Factors [batch, head, block] of a stored tensor; one serves `block` rows or keys. Strides 0 where shared."""
+
+    data: Any
+    batch: Any
+    head: Any
+    block: Any
+
+
+class Descales(NamedTuple):
+    """What stored 8-bit values stand for. `q` is by query head, `k` and `v` by KV head; q None: q is no 8-bit.
+
+    `columns`: the stride between columns of a v whose keys lie next to each other; None: its columns do. `weights`:
+    the factor at which weights are rounded to v's dtype; None: v is widened to q's dtype instead.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    columns: Any
+    weights: Any
+
+
 class Score(NamedTuple):
-    """`softcap(scale * q.k) + bias - slope * |position - key|`."""
+    """`softcap(scale * q.k) + bias - slope * |position - key|`; q.k of what the stored values stand for."""
 
     scale: Any
     softcap: Any
     bias: Any
     alibi: Any
     alibi_batch: Any
+    descales: Any = None
 
 
 class Dropout(NamedTuple):

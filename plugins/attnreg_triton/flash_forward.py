@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length, tile_start
+from .fp8_tile import add_stored_values, stored_products
 from .tile import (
     LOG2E,
     finish_scores,
@@ -69,7 +70,12 @@ def attend(
         k_tile, k_tail = load_head(
             key_pointers(k, sequence, kv_head, keys, start, pages), inside, D, BLOCK_D, TAIL, MASKED
         )
-        products = head_products(q, q_tail, k_tile, k_tail, TAIL, PRECISION)
+        if score.descales is not None:
+            products = stored_products(
+                q, q_tail, k_tile, k_tail, score.descales, sequence, kv_head, rows, keys, TAIL, PRECISION
+            )
+        else:
+            products = head_products(q, q_tail, k_tile, k_tail, TAIL, PRECISION)
         scores, _ = finish_scores(products, score, sequence, rows, keys[None, :], FOLD)
         if MASKED:
             scores = tl.where(allow(mask, sequence, rows, keys[None, :], prefix, step, BLOCK_N), scores, float("-inf"))
@@ -77,8 +83,15 @@ def attend(
         if dropout is not None:
             weights = tl.where(keep_mask(dropout, sequence, rows, keys[None, :]), weights, 0.0)
         pointers = key_pointers(v, sequence, kv_head, keys, start, pages)
-        v_tile = load_matrix(pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, MASKED)
-        accumulator = multiply(narrow(weights, v_tile.dtype), v_tile, accumulator * decay[:, None], PRECISION)
+        accumulator = accumulator * decay[:, None]
+        if score.descales is not None:
+            accumulator = add_stored_values(
+                accumulator, weights, pointers, score.descales, sequence, kv_head, keys, start, inside, q.dtype, DV,
+                BLOCK_DV, PRECISION,
+            )  # fmt: skip
+        else:
+            v_tile = load_matrix(pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, MASKED)
+            accumulator = multiply(narrow(weights, v_tile.dtype), v_tile, accumulator, PRECISION)
     return accumulator, maximum, total
 
 

@@ -33,6 +33,9 @@ def product(a, b, PRECISION: tl.constexpr):
     """`a @ b` in float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if a.dtype.is_fp8():
+        # Hopper's 8-bit products keep few bits of a sum: add what each instruction (32 columns) makes in float32.
+        return tl.dot(a, b, max_num_imprecise_acc=32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
@@ -44,7 +47,31 @@ def narrow(value, dtype: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED and dtype.is_fp8():
+        return narrow_float8(value, dtype)
     return value.to(dtype)
+
+
+@triton.jit
+def narrow_float8(value, dtype: tl.constexpr):
+    """float32 `value` within the range of e4m3 or e5m2, rounded to nearest even as hardware does.
+
+    The interpreter's own conversion loses the carry into the exponent, and denormals.
+    """
+    MANTISSA: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
+    BIAS: tl.constexpr = 7 if dtype == tl.float8e4nv else 15
+    UNIT: tl.constexpr = 512.0 if dtype == tl.float8e4nv else 65536.0
+    exponent = ((value.to(tl.uint32, bitcast=True) >> 23) & 255).to(tl.int32) - 127
+    step = tl.maximum(exponent, 1 - BIAS) - MANTISSA
+    # Adding and taking away 1.5 * 2**23 steps rounds to a whole number of steps.
+    large = (((step + 150) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    rounded = (value + large) - large
+    bits = rounded.to(tl.uint32, bitcast=True)
+    exponent = ((bits >> 23) & 255).to(tl.int32) - 127
+    normal = ((exponent + BIAS) << MANTISSA) | ((bits >> (23 - MANTISSA)).to(tl.int32) & ((1 << MANTISSA) - 1))
+    low = tl.minimum(tl.abs(rounded) * UNIT, 128.0).to(tl.int32)
+    code = tl.where(exponent < 1 - BIAS, low, normal) | ((bits >> 24).to(tl.int32) & 128)
+    return code.to(tl.uint8).to(dtype, bitcast=True)
 
 
 @triton.jit

@@ -110,7 +110,8 @@ def test_dropout_is_one_mask_forward_and_backward() -> None:
 def test_a_full_block_is_bounded_by_what_exists() -> None:
     """Keys behind `seqused_k` and behind a packed sequence's end lie in full blocks and still leave no trace."""
     used = (TensorInfo("seqused_k", "int32", (0,)),)
-    judge(problem(AttentionSpec(return_lse=True), tensors=used), block_m=16, block_n=32)
+    paged = {"skv": 96, "pages": 14, "tensors": used}
+    judge(problem(AttentionSpec(page_size=16, return_lse=True), **paged), block_m=16, block_n=32)
     packed = {"batch": 3, "total_q": 70, "total_k": 90}
     judge(problem(AttentionSpec(layout="thd", return_lse=True), **packed, grads=frozenset("qkv")), block_m=32)
 
