@@ -56,7 +56,10 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     most = max(1, -(-problem.sq * problem.group // lanes))
     vectors = [n for n in VECTORS if n <= most]
     preferred = min(preferred_vectors(hardware)[0], vectors[-1])
-    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": False, "pairs": pairs[0]}
+    # Rows of other heads lie between the rows of one, so a run of keys falls on few sets of the L1 cache (measured:
+    # 17.0 ms against 13.5 packed, 32 heads of 128 under bshd).
+    apart = problem.spec.layout != "bhsd" or problem.strides[1] != "contiguous"
+    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": apart, "pairs": pairs[0]}
     choices: dict[str, Any] = {
         "vectors": vectors,
         "tiles": [1, 2, 4, 8, 16],
@@ -78,7 +81,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
         ],
-        seeds=[{**default, **change} for change in _promising(preferred)],
+        seeds=[{**default, **change} for change in (*_promising(preferred), {"pack": not apart})],
     )
 
 

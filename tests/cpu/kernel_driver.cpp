@@ -21,7 +21,7 @@ constexpr int DIM_K = 40, DIM_V = 24;  // multiples of no vector's length
 struct Setting {
     const char* name;
     int64_t q_heads, kv_heads, rows, keys;
-    bool causal = false, bias = false, alibi = false, sinks = false, mask = false, documents = false, paged = false;
+    bool causal = false, bias = false, alibi = false, sinks = false, mask = false, documents = false, paged = false, layout = false;
     int64_t left = -1, right = -1;
     double softcap = 0;
     int64_t threads = 1, tiles = 2, block = 64, pack = 0;
@@ -109,6 +109,46 @@ int compare(const char* what, const Setting& s, const std::vector<T>& got, const
     return worst <= bound ? 0 : 1;
 }
 
+// A block layout with empty, full and partial blocks, every bit of the partial ones drawn.
+struct Layout {
+    static constexpr int64_t ROWS = 24, KEYS = 40, WORDS = 2;
+    std::vector<int32_t> row_ptr{0}, row_split, columns, tiles, bits;
+    std::vector<uint8_t> allowed;
+
+    explicit Layout(const Setting& s) : allowed(s.rows * s.keys) {
+        for (int64_t i = 0; i < s.rows; i += ROWS) {
+            std::vector<int32_t> partial;
+            for (int64_t j = 0; j < s.keys; j += KEYS) {
+                const auto kind = random_bits() % 3;
+                if (kind == 1) add(s, i, j, -1);
+                if (kind == 2) partial.push_back(int32_t(j));
+            }
+            row_split.push_back(int32_t(columns.size()));
+            for (const int32_t j : partial) add(s, i, j, int32_t(bits.size() / (ROWS * WORDS)));
+            row_ptr.push_back(int32_t(columns.size()));
+        }
+    }
+
+    void add(const Setting& s, int64_t i, int64_t j, int32_t tile) {
+        columns.push_back(int32_t(j / KEYS));
+        tiles.push_back(tile);
+        if (tile >= 0) bits.resize(bits.size() + ROWS * WORDS);
+        for (int64_t r = i; r < std::min(i + ROWS, s.rows); ++r) {
+            for (int64_t c = j; c < std::min(j + KEYS, s.keys); ++c) {
+                const bool yes = tile < 0 || random_bits() % 2;
+                allowed[r * s.keys + c] = yes;
+                if (tile >= 0 && yes) bits[(tile * ROWS + r - i) * WORDS + (c - j) / 32] |= int32_t(1u << ((c - j) % 32));
+            }
+        }
+    }
+
+    void describe(Params& p) const {
+        p.layout_row_ptr = row_ptr.data(), p.layout_row_split = row_split.data(), p.layout_columns = columns.data();
+        p.layout_tiles = tiles.data(), p.layout_bits = bits.data(), p.layout_batches = p.layout_heads = 1;
+        p.layout_lines = int64_t(row_split.size()), p.layout_block_q = ROWS, p.layout_block_kv = KEYS;
+    }
+};
+
 // Sums of gradients have padded rows; this takes the padding off.
 std::vector<float> unpadded(const std::vector<float>& sums, int64_t rows, int64_t width, int64_t padded) {
     std::vector<float> out(rows * width);
@@ -142,6 +182,9 @@ int check(const Setting& s, double bound) {
     if (s.mask) p.mask = mask.data(), p.mask_row = s.keys, p.mask_key = 1;
     if (s.documents) p.documents = ids.data(), p.document_row = 1, p.document_width = 4;
 
+    const Layout layout(s);
+    if (s.layout) layout.describe(p);
+
     // Pages of 16 keys in reverse order; the rest of the last page is stale and holds the largest finite values.
     constexpr int64_t page = 16;
     const int64_t pages = (s.keys + page - 1) / page;
@@ -169,6 +212,7 @@ int check(const Setting& s, double bound) {
         const int64_t at = i + offset;
         if (s.causal && j > at) return false;
         if (s.left >= 0 && (j < at - s.left || j > at + s.right)) return false;
+        if (s.layout && !layout.allowed[i * s.keys + j]) return false;
         if (s.mask && !mask[i * s.keys + j]) return false;
         return !s.documents || (at >= 0 && at < s.keys && ids[at] == ids[j]);
     };
@@ -214,7 +258,7 @@ void run_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
 
 int main() {
     parallel_entry() = run_threads;
-    std::vector<Setting> settings(12, Setting{"", 4, 2, 67, 131});
+    std::vector<Setting> settings(14, Setting{"", 4, 2, 67, 131});
     settings[0].name = "full";
     settings[1].name = "causal", settings[1].causal = true, settings[1].threads = 3;
     settings[2] = {"one query", 6, 1, 1, 33};
@@ -227,6 +271,8 @@ int main() {
     settings[9].name = "paged", settings[9].paged = settings[9].causal = true;
     settings[10] = {"short keys", 2, 1, 5, 3};
     settings[11].name = "packed causal", settings[11].causal = true, settings[11].pack = 1, settings[11].block = 32, settings[11].threads = 2;
+    settings[12].name = "layout", settings[12].layout = settings[12].alibi = true, settings[12].threads = 2;
+    settings[13] = {"layout, many heads", 100, 1, 50, 90}, settings[13].layout = true;
     int failures = 0;
     for (const Setting& s : settings) {
         failures += check<float, Single, 3>(s, 2e-6);
