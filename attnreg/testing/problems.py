@@ -29,7 +29,7 @@ class Feature:
     """A row of the table: a spec, and what differs from the plain problem.
 
     sizes: fields of Problem. tensors: dtype and broadcast dimensions of named tensors, where not the defaults.
-    tags: "core" rows also run the bucket and configuration tests of the suite; "forward" has no backward pass.
+    tags: cases of "core" rows also run the bucket and configuration tests of the suite; "forward" has no backward pass.
     """
 
     name: str
@@ -253,10 +253,20 @@ def cases(*, slow: bool = False) -> tuple[Case, ...]:
     out = [_case(row, flavour, dtype, sq, skv) for row in features() for flavour, dtype, sq, skv in plan]
     if not slow:
         out += _lengths() + _values()
-        out += [_case(row, "normal", "float32", 67, 130).bare() for row in features()]
+        out += [_bare(row) for row in features()]
+        # Caches are read far more often without gradients than with them.
+        paged = [row for row in features() if row.spec.page_size is not None and "forward" not in row.tags]
+        out += [replace(_case(row, *how).bare(), tags=row.tags - CORE) for row in paged for how in PLAN]
     names = [case.name for case in out]
     assert len(set(names)) == len(names), "two cases of one name"
     return tuple(out)
+
+
+def _bare(row: Feature) -> Case:
+    """Without gradients other kernels serve; decoding and paging are where it matters most."""
+    case = _case(row, "normal", "float32", 67, 130).bare()
+    kept = row.name in ("causal", "decode_200", "few_queries", "thd_causal", "paged_bhsd")
+    return case if kept else replace(case, tags=case.tags - CORE)
 
 
 def _lengths() -> list[Case]:
@@ -302,4 +312,6 @@ def _case(row: Feature, flavour: Flavour, dtype: str, sq: int, skv: int, what: s
     square = sizes["sq"] == sizes["skv"]
     problem = Problem(row.spec, **sizes, tensors=row.tensors, grads=leaves, square=square)
     name = f"{row.name}/{what or flavour}_{sizes['sq']}x{sizes['skv']}/{dtype}"
-    return Case(name, problem, flavour, row.tags | (frozenset({"plain"}) if flavour == "normal" else frozenset()))
+    # Every core case is prepared several times over: one dtype is enough, but for the plainest row.
+    core = flavour == "normal" and not what and (dtype == "float32" or row.name == "causal")
+    return Case(name, problem, flavour, row.tags if core else row.tags - CORE)
