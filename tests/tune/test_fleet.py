@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = {name: shutil.which(name) for name in ("initdb", "pg_ctl", "postgres")}
+# Debian keeps the server's programs outside of PATH.
+FOLDERS = os.pathsep.join([os.environ.get("PATH", ""), *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)])
+PROGRAMS = {name: shutil.which(name, path=FOLDERS) for name in ("initdb", "pg_ctl", "postgres")}
 WORKERS = 3
 
 WORKER = """
