@@ -84,6 +84,8 @@ HALF: dict[tuple[Family, Width], Seeds] = {
     ("rdna", "medium"): Seeds(((64, 32, 16, 1), (32, 16, 4, 1)), ((32, 16, 8, 1),), ((16, 16, 8, 1),)),
     ("rdna", "wide"): Seeds(((32, 16, 8, 1),), ((16, 16, 8, 1),), ((16, 16, 8, 1),)),
 }
+BUSY = Seeds(((64, 32, 4, 2), (32, 32, 4, 2)), ((32, 32, 4, 2), (32, 16, 4, 2)), ((16, 32, 4, 2), (16, 16, 4, 2)))
+"""Bias, ALiBi, documents and dropout hold tiles of their own in registers: smaller products go beside them."""
 DECODE: dict[Width, tuple[TileTuple, ...]] = {
     "narrow": ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2)),
     "medium": ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3)),
@@ -118,6 +120,20 @@ def product_precisions(hardware: Hardware) -> tuple[str, ...]:
     return ("tf32x3", "ieee") if hardware.kind == "cuda" else ("ieee",)
 
 
+def _busy(problem: Problem) -> bool:
+    spec = problem.spec
+    return spec.bias or spec.alibi or spec.dropout_p > 0 or "document_ids" in spec.tensors()
+
+
+def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
+    if problem.dtype == "float32":
+        return _single(size)
+    best = HALF[group, size]
+    if not _busy(problem) or size == "wide" or group == "rdna":
+        return best
+    return Seeds(BUSY.forward + best.forward, BUSY.dq + best.dq, BUSY.dkv + best.dkv)
+
+
 def _single(size: Width) -> Seeds:
     """Float32 tiles: a product in three TF32 parts holds three times the operands, so tiles stay small."""
     if size == "narrow":
@@ -131,12 +147,10 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
     if group == "cpu":
         # The interpreter pays by the operation, not by the element.
         return ((64, 64, 4, 2), (32, 128, 4, 2))
-    if problem.dtype == "float32":
-        return _single(size).forward
-    if decode:
+    if decode and problem.dtype != "float32":
         stages = 1 if group == "rdna" else 2 if group == "cdna" else 4
         return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in DECODE[size])
-    return HALF[group, size].forward
+    return _seeds(problem, group, size).forward
 
 
 def backward_tiles(problem: Problem, hardware: Hardware) -> list[tuple[TileTuple, TileTuple]]:
@@ -144,5 +158,5 @@ def backward_tiles(problem: Problem, hardware: Hardware) -> list[tuple[TileTuple
     group, size = family(hardware), width(problem)
     if group == "cpu":
         return [((64, 64, 4, 2), (64, 64, 4, 2)), ((128, 32, 4, 2), (32, 128, 4, 2))]
-    seeds = _single(size) if problem.dtype == "float32" else HALF[group, size]
+    seeds = _seeds(problem, group, size)
     return list(zip(seeds.dq, seeds.dkv, strict=False))

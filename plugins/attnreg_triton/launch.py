@@ -199,5 +199,6 @@ def constants(plan: Plan, size: Sizes, tile: Tile) -> dict[str, Any]:
 
 def options(tile: Tile) -> dict[str, int]:
     """Compiler options of a tile."""
-    chosen = {"num_warps": tile.warps, "num_stages": tile.stages}
+    # Fused multiply-adds are meant: scale and maximum of the softmax are one instruction with them.
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return {**chosen, "waves_per_eu": tile.waves} if tile.waves else chosen

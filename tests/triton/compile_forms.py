@@ -1,0 +1,62 @@
+"""Cross-compile the flash kernels in every form they take; test_flash_compile runs this without the interpreter.
+
+Usage: compile_forms.py ARCH. Prints one JSON line a kernel: form, kernel, registers, spills, shared, instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from attnreg import AttentionSpec, Hardware, Problem, masks
+from attnreg_triton.crosscompile import compile_kernel
+from attnreg_triton.flash import TritonDecode, TritonFlash
+
+GPUS = {
+    "sm_80": Hardware("cuda", "nvidia", "a100", "sm_80", 108, 0, (), (0, 0, 0), 166912, 65536, 32),
+    "sm_90": Hardware("cuda", "nvidia", "h100", "sm_90", 132, 0, (), (0, 0, 0), 232448, 65536, 32),
+    "gfx942": Hardware("hip", "amd", "mi300x", "gfx942", 304, 0, (), (0, 0, 0), 65536, 131072, 64),
+}
+BAND = masks.Causal() & masks.SlidingWindow(100)
+ALL = AttentionSpec(
+    mask=BAND & masks.Document() & masks.Padding(),
+    softcap=30.0, bias=True, alibi=True, sinks=True, dropout_p=0.1, align="offset", return_lse=True,
+)  # fmt: skip
+
+
+def forms() -> Iterator[tuple[str, TritonFlash | TritonDecode, Problem]]:
+    """Problems whose kernels differ in code, not only in tiles; sizes of 1 because Triton makes constants of them."""
+    train = Problem(
+        AttentionSpec(mask=masks.Causal()), 2, 16, 4, 2048, 2048, 64, 64, 64,
+        dtype="bfloat16", kv_dtype="bfloat16", device="cuda", grads=frozenset("qkv"),
+    )  # fmt: skip
+    mla = {"head_dim": 192, "head_dim_k": 192, "head_dim_v": 128, "kv_heads": 16}
+    half = {"dtype": "float16", "kv_dtype": "float16"}
+    one = {"batch": 1, "q_heads": 1, "kv_heads": 1, "sq": 1, "skv": 1, "grads": frozenset()}
+    packed = {"total_q": 3000, "total_k": 4000, "grads": frozenset("qkv")}
+    paged = AttentionSpec(mask=BAND, page_size=16, layout="thd")
+    yield "train", TritonFlash(), train
+    yield "window", TritonFlash(), replace(train, spec=AttentionSpec(mask=BAND, layout="bshd"), **half)
+    yield "tail", TritonFlash(), replace(train, **mla)
+    yield "everything", TritonFlash(), replace(train, spec=ALL, grads=frozenset({"q", "k", "v", "bias"}))
+    yield "packed", TritonFlash(), replace(train, spec=AttentionSpec(mask=masks.Causal(), layout="thd"), **packed)
+    yield "ones", TritonFlash(), replace(train, **one)
+    yield "decode", TritonDecode(), replace(train, sq=1, skv=8192, grads=frozenset())
+    yield "paged", TritonDecode(), replace(train, spec=paged, sq=1, total_q=2, pages=300, grads=frozenset())
+
+
+def main(arch: str) -> None:
+    """Compile every form's default configuration."""
+    hardware = GPUS[arch]
+    for name, backend, problem in forms():
+        assert backend.supports(problem, hardware) == [], name
+        for spec in backend.compile_specs(problem, backend.space(problem, hardware).default):
+            binary = asdict(compile_kernel(spec, hardware))
+            kernel = binary.pop("name")
+            print(json.dumps({"form": name, "kernel": kernel, **binary}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
