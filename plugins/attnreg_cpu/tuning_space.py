@@ -73,6 +73,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     # The default must lie in the space of any CPU, however small its caches are.
     while default["tiles"] > 1 and item(default) > l2:
         default["tiles"] //= 2
+    changes: list[dict[str, int]] = [*_promising(preferred), {"pack": not apart}]
     return SearchSpace(
         choices=choices,
         default=default,
@@ -81,7 +82,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
         ],
-        seeds=[{**default, **change} for change in (*_promising(preferred), {"pack": not apart})],
+        seeds=[{**default, **change} for change in changes],
     )
 
 
