@@ -53,6 +53,7 @@ __all__ = [
     "record",
     "scores",
     "sparsity",
+    "targets",
     "testing",
     "tune",
     "use_backend",
@@ -64,6 +65,7 @@ _LAZY = {
     "blocks": ("attnreg.blocks", None),
     "merge_states": ("attnreg.merge", "merge_states"),
     "record": ("attnreg.tuning", "record"),
+    "targets": ("attnreg.targets", None),
     "testing": ("attnreg.testing", None),
     "tune": ("attnreg.tuning", "tune"),
 }

@@ -29,7 +29,9 @@ class Hardware:
     kind: "cpu", "cuda" or "hip". arch: the widest vector ISA of a CPU ("avx512"), "sm_90", "gfx942".
     cores: CPU cores that this process may use (affinity and cgroup quota); SMs or compute units of a GPU.
     isa: CPU feature flags. caches: L1d a core, L2 a core, L3 in all. shared_memory: the most a block may ask
-    for. registers: 32-bit registers a multiprocessor. bandwidth: bytes a second of main memory, 0 if unmeasured.
+    for. registers, threads: 32-bit registers and most resident threads of a multiprocessor. bandwidth: bytes a
+    second of main memory, 0 if unmeasured. rates: (dtype, dense matrix products a second in FLOP/s), and ("vector",
+    float32 FLOP/s outside the matrix units); empty for hardware that is not a named target.
     """
 
     kind: Literal["cpu", "cuda", "hip"]
@@ -44,6 +46,8 @@ class Hardware:
     registers: int = 0
     warp_size: int = 0
     bandwidth: float = 0.0
+    threads: int = 0
+    rates: tuple[tuple[str, float], ...] = ()
 
     @property
     def slug(self) -> str:

@@ -15,7 +15,7 @@ from attnreg.measure import Candidate
 from attnreg.problem import Problem
 from attnreg.records import Record, hardware_facts, software
 from attnreg.space import Value
-from attnreg.tuning.targets import target_hardware
+from attnreg.targets import target as named_target
 
 __all__ = ["StaticResult", "tune_static"]
 
@@ -48,7 +48,7 @@ def tune_static(
     not compile, does not fit or spills is refused by its backend's report. Raises TuneError where the target is
     unknown or no backend can compile for it.
     """
-    hardware = target_hardware(target)
+    hardware = named_target(target)
     problem = replace(problem, device="cuda")  # what torch calls HIP devices too
     able: dict[str, Backend] = {}
     unsupported: dict[str, tuple[str, ...]] = {}

@@ -204,16 +204,16 @@ class Attend(torch.autograd.Function):
         return None, *backward(call, (out, lse), upstream, tuple(ctx.needs_input_grad[1:]))
 
 
-def meta_layout(problem: Problem, block_q: int, block_kv: int) -> blocks.BlockLayout:
-    """A layout of the problem's sizes without entries, on the meta device: kernels are compiled with its types."""
+def empty_layout(problem: Problem, block_q: int, block_kv: int) -> blocks.BlockLayout:
+    """A layout of the problem's sizes without entries: kernels are compiled with the types of its tensors."""
 
     def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
+        return torch.zeros(shape, dtype=torch.int32)
 
     lines = -(-problem.sq // block_q)
     return blocks.BlockLayout(
         problem.sq, problem.skv, block_q, block_kv, problem.batch, problem.q_heads, 1, 1, 0, None, None, 0,
-        ints(lines + 1), ints(lines), ints(1), ints(1), ints(1, block_q, -(-block_kv // 32)),
+        ints(lines + 1), ints(lines), ints(0), ints(0), ints(0, block_q, -(-block_kv // 32)),
     )  # fmt: skip
 
 
@@ -225,7 +225,7 @@ def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
     from .signatures import compile_spec
 
     inputs = replace(meta_inputs(problem), prefix_lengths=None, document_first=None, document_last=None)
-    layout = meta_layout(problem, plan.forward.m, plan.forward.n)
+    layout = empty_layout(problem, plan.forward.m, plan.forward.n)
     out, lse = output_like(plan, inputs, sizes(plan, inputs))
     launches = forward_launches(plan, inputs, layout, out, lse)
     if problem.needs_grad:

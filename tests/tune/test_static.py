@@ -16,8 +16,9 @@ from attnreg.records import Record
 from attnreg.records_json import line, parse_line
 from attnreg.store import Store
 from attnreg.suites import attention_problem
+from attnreg.targets import TARGETS
+from attnreg.targets import target as target_hardware
 from attnreg.tuning.static import tune_static
-from attnreg.tuning.targets import TARGETS, target_hardware
 
 assert commands
 PROBLEM = attention_problem(AttentionSpec(mask=masks.Causal()), (8, 2), 1024, 1024, 64, dtype="bfloat16")
