@@ -256,7 +256,7 @@ def cases(*, slow: bool = False) -> tuple[Case, ...]:
         out += [_bare(row) for row in features()]
         # Caches are read far more often without gradients than with them.
         paged = [row for row in features() if row.spec.page_size is not None and "forward" not in row.tags]
-        more = [replace(_case(row, *how).bare(), tags=row.tags - CORE) for row in paged for how in PLAN[1:]]
+        more = [replace(_case(row, *how).bare(), tags=row.tags - CORE) for row in paged for how in PLAN]
         # A row that fixes both lengths makes one case of several sizes, which the table may hold already.
         known = {case.name for case in out}
         out += [case for name, case in {case.name: case for case in more}.items() if name not in known]
