@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem, scores, sparsity
+from attnreg import Problem, scores
 from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import Conjunction, read_conjunction
 from attnreg_cpu.gradient import Differentiable
@@ -119,8 +119,6 @@ def prefill_supports(problem: Problem) -> list[str]:
         reasons.append(f"head_dim {problem.head_dim} and {problem.head_dim_v}: at most {MAX_HEAD_DIM}")
     if max(problem.sq, problem.skv) >= 2**31:
         reasons.append(f"{max(problem.sq, problem.skv)} rows: positions are 32-bit in the kernels")
-    if spec.layout == "thd" and isinstance(spec.sparsity, sparsity.BigBird):
-        reasons.append(f"sparsity {spec.sparsity!r} under thd: its columns would differ from sequence to sequence")
     if problem.needs_grad and spec.page_size is not None:
         reasons.append("gradients into a paged cache: only contiguous keys and values have them here")
     return reasons

@@ -211,6 +211,11 @@ CASES = [
         lengths=((70, 70), (0, 5), (90, 130)),
     ),
     Case(
+        "thd_bigbird",
+        _spec(sparsity=sparsity.BigBird(16, random_blocks=2), layout="thd"),
+        lengths=((130, 130), (50, 90), (0, 20)),
+    ),
+    Case(
         "paged_union",
         _spec(mask=CAUSAL & ~masks.Dilated(60, 4), page_size=16),
         make=_named(block_table=lambda g: torch.tensor([[3, 0, 7], [6, 4, -1]]), seqused_k=_lengths(48, 20)),

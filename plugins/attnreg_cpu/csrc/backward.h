@@ -282,15 +282,17 @@ class Backward {
             const Operand *weights, *d_rows, *d_keys;
         };
         template <int NV>
-        Operands operands(int64_t count) {
+        Operands operands([[maybe_unused]] int64_t count) {
+#if defined(ATTNREG_HAS_PAIRS)
             if constexpr (PAIRED) {
                 to_pairs<NV>(count);
                 return {b_.weight_rows, b_.d_rows, b_.d_keys};
-            } else {
-                const Operand* d = reinterpret_cast<const Operand*>(b_.d_scores);
-                return {reinterpret_cast<const Operand*>(b_.scores), d, d};
             }
+#endif
+            const Operand* d = reinterpret_cast<const Operand*>(b_.d_scores);
+            return {reinterpret_cast<const Operand*>(b_.scores), d, d};
         }
+#if defined(ATTNREG_HAS_PAIRS)
         template <int NV>
         void to_pairs(int64_t count) {
             constexpr int64_t lanes = NV * LANES;
@@ -310,6 +312,7 @@ class Backward {
                 }
             }
         }
+#endif
 
         // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta) * d_scale.
         template <int NV>
