@@ -121,7 +121,7 @@ def listed(blocks, rows, keys, step, BLOCK_N: tl.constexpr):
     found = (rows.query + keys) < 0
     for word in tl.static_range(WORDS):
         # A layout of full blocks alone has no bits to read.
-        held = tl.load(blocks.bits + row * WORDS + word, mask=(rows.query >= 0) & (tile >= 0), other=0) >> (column & 31)
+        held = tl.load(blocks.bits + row * WORDS + word, mask=(rows.query * 0 + tile) >= 0, other=0) >> (column & 31)
         found = found | ((column // 32 == word) & ((held & 1) != 0))
     return found | (tile < 0)
 
