@@ -64,6 +64,8 @@ class Layouts:
             if spec.page_size is None:
                 lengths = tensors["cu_seqlens_k"].diff().long()
                 used, skv = lengths, int(lengths.max()) if batch else 0
+                # A pattern of blocks counts the columns of its own sequence, not of the longest.
+                sizes["pattern_keys"] = lengths
         if tensors.get("seqused_k") is not None:
             used = torch.clamp(tensors["seqused_k"].long(), 0, skv)
         if isinstance(used, Tensor):
