@@ -86,6 +86,7 @@ def record_space(
     *,
     rounds: int = 9,
     threads: int = 0,
+    sample_seconds: float = 8e-3,
     time_limit: float = 120.0,
     on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
 ) -> Recording:
@@ -97,7 +98,8 @@ def record_space(
     every = list(joint.points())
     usable: list[Candidate] = []
     times: dict[str, list[float]] = {c.key: [] for c in every}
-    with Worker(Plan(problem, threads=threads, time_limit=time_limit, leak_seconds=0.0)) as worker:
+    plan = Plan(problem, threads=threads, sample_seconds=sample_seconds, time_limit=time_limit, leak_seconds=0.0)
+    with Worker(plan) as worker:
         for n, candidate in enumerate(every):
             on_progress("gate", n, len(every))
             try:
