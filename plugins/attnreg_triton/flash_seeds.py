@@ -39,7 +39,7 @@ HALF: dict[tuple[Family, Width], Seeds] = {
     ("ada", "narrow"): Seeds(
         ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
         ((128, 64, 8, 2), (64, 64, 4, 2)),
-        ((64, 64, 8, 2), (32, 64, 4, 2)),
+        ((32, 128, 8, 2), (64, 64, 4, 2)),
     ),
     ("ada", "medium"): Seeds(
         ((128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 8, 2)),
@@ -137,7 +137,7 @@ def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
 def _single(size: Width) -> Seeds:
     """Float32 tiles: a product in three TF32 parts holds three times the operands, so tiles stay small."""
     if size == "narrow":
-        return Seeds(((32, 32, 4, 2), (16, 32, 4, 2)), ((16, 32, 8, 1),), ((16, 32, 8, 1),))
+        return Seeds(((32, 32, 4, 2), (16, 32, 4, 2)), ((32, 16, 8, 1),), ((16, 32, 8, 1),))
     return Seeds(((32, 32, 8, 2), (16, 16, 4, 2)), ((16, 16, 8, 1),), ((16, 16, 8, 1),))
 
 
@@ -149,6 +149,8 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
         return ((64, 64, 4, 2), (32, 128, 4, 2))
     if decode and problem.dtype != "float32":
         stages = 1 if group == "rdna" else 2 if group == "cdna" else 4
+        if size == "latent" and group in ("cdna", "rdna"):
+            return ((16, 16, 4, 2),)
         return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in DECODE[size])
     return _seeds(problem, group, size).forward
 
