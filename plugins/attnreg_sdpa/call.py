@@ -91,7 +91,8 @@ class Call:
         self.out_dtype = problem.out_dtype
         self.quantised = problem.dtype != problem.kv_dtype or problem.dtype.startswith("float8")
         own: torch.dtype = getattr(torch, problem.dtype)
-        self.compute = torch.float32 if self.quantised or config.get("upcast") else own
+        widened = (self.quantised or config.get("upcast")) and own != torch.float64
+        self.compute = torch.float32 if widened else own
         # CPU kernels take a float32 mask beside half-precision q: a bias must not be rounded to half.
         on_cpu = problem.device == "cpu"
         self.mask_dtype = torch.promote_types(self.compute, torch.float32) if on_cpu else self.compute
