@@ -57,11 +57,21 @@ def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None =
     rounding = rounding_of(p)
     work = torch.float32 if rounding is not None else dtype
     plain, plain_grads, _ = _solve(inputs, rows, grad_out, grad_lse, keep, work, rounding)
-    limits = _limits(p, parts, plain, rounding is not None)
+    limits = _limits(p, parts, plain, rounding is not None, _amplitude(inputs, parts, rows, keep))
     for name, grad in grads.items():
         plain_grad = plain_grads[name].to(inputs.leaves[name].dtype).double()
         limits[name] = _grad_limit(p, grad, plain_grad, floors[name], rounding is not None)
     return Truth(rows, parts, grads, grad_out, grad_lse, limits)
+
+
+def _amplitude(inputs: Inputs, parts: list[Part], rows: Mapping[int, Tensor], keep: Tensor | None) -> float:
+    """What the rounding of `out` is relative to: in float32 the sum of the sizes of its terms, weight * abs(v)."""
+    p = inputs.problem
+    if p.out_dtype not in HALF:
+        q, k, v = inputs.q.detach(), inputs.k.detach(), inputs.v.detach().double().abs()
+        with torch.no_grad():
+            parts = attend(p.spec, q, k, v, inputs.tensors, rows=rows, keep=keep)
+    return _largest(_join([part.out for part in parts]))
 
 
 def rounding_of(p: Problem) -> Rounding | None:
@@ -162,7 +172,13 @@ def _noise(p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mappin
         sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
         weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))
     given = _backward([part.lse for part in parts], weights, leaves, retain=False)
-    return {name: 2 * _largest(grad) for name, grad in given.items()}
+    floors = {name: 2 * _largest(grad) for name, grad in given.items()}
+    if "sinks" in floors:
+        # The sink's weight may be had as 1 less the others, whose error is no part of its own size.
+        single = float(torch.finfo(torch.promote_types(p.out_dtype, torch.float32)).eps) / unit
+        total = [weight.square().sum(-1) for weight in weights if weight.numel()]
+        floors["sinks"] += single * _largest(torch.stack(total).sum(0).sqrt()) if total else 0.0
+    return floors
 
 
 def lse_rows(layout: str, lse: Tensor, part: Part) -> Tensor:
@@ -196,11 +212,11 @@ def _steepness(p: Problem, parts: list[Part]) -> float:
     return max((_largest(x) for x in finite), default=0.0)
 
 
-def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool) -> dict[str, Limit]:
+def _limits(p: Problem, parts: list[Part], plain: list[Part], quantised: bool, amplitude: float) -> dict[str, Limit]:
     wanted = _join([part.out for part in parts])
     errors = (_join([part.out.to(p.out_dtype).double() for part in plain]) - wanted).abs()
     worst, mean = _largest(errors), float(errors.mean()) if errors.numel() else 0.0
-    amplitude, (eps, units) = _largest(wanted), _eps(p)
+    eps, units = _eps(p)
     if quantised:
         limits = {"out": Limit(4 * worst + 1e-5, 3 * mean + 1e-7 * amplitude)}
     else:
