@@ -1,4 +1,4 @@
-"""Evaluate one candidate: gate, then memory, then time against the fastest so far in the same rounds."""
+"""Evaluate one candidate: gate, then memory, then time against a reference in the same rounds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from attnreg.tuning.stats import interval, log_ratios
 __all__ = ["Evaluator", "Outcome", "paired"]
 
 ROUNDS = 5
+CLOSE_ROUNDS = 12
+CLOSE = math.log(1.08)
+"""A candidate within this of the reference, or faster, is timed for more rounds: the order of the best matters."""
 HOPELESS = 1.5
-"""A candidate this many times slower than the fastest is not timed further."""
-FASTER = 0.97
-"""One this much faster takes the reference's place."""
+"""A candidate this many times slower than the reference is not timed further."""
+FASTER = 0.8
+"""One this much faster takes the reference's place. Not sooner: each change adds its own error to all that follow."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Outcome:
     """What became of a candidate.
 
     seconds: its time, as if taken under the conditions of the first candidate; None if it must not be used.
-    kind: "ok", or "gate", "leak", "raise", "crash", "hang", "memory" with the reason.
+    kind: "ok", or "gate", "leak", "raise", "crash", "hang", "memory" with the reason. reference: it is what later
+    candidates are timed against.
     """
 
     seconds: float | None
@@ -33,18 +37,20 @@ class Outcome:
     reason: str = ""
     verdict: Verdict | None = None
     peak_memory: int = 0
+    reference: bool = False
 
     def notes(self) -> dict[str, Any]:
         """Plain data to keep with the trial."""
         data: dict[str, Any] = {"kind": self.kind, "reason": self.reason, "peak_memory": self.peak_memory}
+        data |= {"reference": True} if self.reference else {}
         return {**data, "verdict": asdict(self.verdict) if self.verdict is not None else None}
 
 
 class Evaluator:
-    """Evaluates candidates one after another on a bench. `reference`: the fastest so far, with its seconds.
+    """Evaluates candidates one after another on a bench. `reference`: the one they are timed against, and its seconds.
 
-    Machines drift over the minutes of a search. Each candidate is timed in turns with the fastest one so far, and
-    its time is that one's times the ratio: drift cancels.
+    Machines drift over the minutes of a search. Each candidate is timed in turns with the reference, and its time is
+    that one's times their ratio: drift cancels, and all errors are relative to one and the same sample.
     """
 
     def __init__(self, bench: Bench, reference: tuple[Candidate, float] | None = None) -> None:
@@ -70,27 +76,32 @@ class Evaluator:
                 self.reference = None
                 return self.evaluate(candidate)
             return Outcome(None, why.kind if isinstance(why, Died) else "raise", str(why), verdict)
-        return Outcome(seconds, "ok", "", verdict, opened.peak_memory)
+        chosen = self.reference is not None and self.reference[0] == candidate
+        return Outcome(seconds, "ok", "", verdict, opened.peak_memory, chosen)
 
     def _time(self, candidate: Candidate, roughly: float) -> float:
         if self.reference is None:
-            rounds = self.bench.rounds([candidate], ROUNDS)
+            rounds = self.bench.rounds([candidate], CLOSE_ROUNDS)
             seconds = _median([r.seconds[0] for r in rounds if r.quiet[0]] or [r.seconds[0] for r in rounds])
             self.reference = (candidate, seconds)
             return seconds
-        fastest, usual = self.reference
+        reference, usual = self.reference
         # One bad first sample must not cast out a good candidate: two, with the roughly known time, may.
-        rounds = self.bench.rounds([fastest, candidate], 2)
-        ratio = math.exp(interval(paired(rounds, 1, 0), 0.9)[1])
+        rounds = self.bench.rounds([reference, candidate], 2)
+        ratio = _ratio(rounds)
         if ratio < HOPELESS or roughly < HOPELESS * usual:
-            rounds += self.bench.rounds([fastest, candidate], ROUNDS - len(rounds))
-            ratio = math.exp(interval(paired(rounds, 1, 0), 0.9)[1])
-        seconds = usual * ratio
-        if ratio < FASTER:
-            self._close(fastest)
-            self.reference = (candidate, seconds)
-        else:
+            rounds += self.bench.rounds([reference, candidate], ROUNDS - len(rounds))
+            ratio = _ratio(rounds)
+        if math.log(ratio) <= CLOSE:
+            rounds += self.bench.rounds([reference, candidate], CLOSE_ROUNDS - len(rounds))
+            ratio = _ratio(rounds)
+        if ratio >= FASTER:
             self._close(candidate)
+            return usual * ratio
+        # Fresh rounds: those that made it look fastest were lucky ones, and its error goes into all that follow.
+        seconds = usual * _ratio(self.bench.rounds([reference, candidate], CLOSE_ROUNDS))
+        self._close(reference)
+        self.reference = (candidate, seconds)
         return seconds
 
     def _close(self, candidate: Candidate) -> None:
@@ -106,6 +117,11 @@ def paired(rounds: Sequence[Round], one: int, other: int) -> list[float]:
     clean = [r for r in rounds if r.quiet[one] and r.quiet[other]]
     clean = clean if 2 * len(clean) >= len(rounds) else list(rounds)
     return log_ratios([r.seconds[one] for r in clean], [r.seconds[other] for r in clean])
+
+
+def _ratio(rounds: Sequence[Round]) -> float:
+    """The second candidate's time over the first one's."""
+    return math.exp(interval(paired(rounds, 1, 0), 0.9)[1])
 
 
 def _median(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from attnreg.tuning.search import WORST, Search
 
 __all__ = ["finals"]
 
-FINALISTS = 8
+FINALISTS = 12
 CLOSE = 1.10
 """Candidates within this factor of the fastest go to the race."""
 RIVAL = 1.6

@@ -15,13 +15,12 @@ from rich.table import Table
 
 from attnreg.measure import About, Candidate, Opened, Round, Verdict
 from attnreg.tuning.evaluate import Evaluator
+from attnreg.tuning.finals import CLOSE, FINALISTS
 from attnreg.tuning.race import race
 from attnreg.tuning.recording import Recording, recordings
 from attnreg.tuning.search import Search, make_sampler
 
 __all__ = ["ReplayBench", "Row", "compare", "replay", "replay_random", "show"]
-
-FINALISTS = 6
 
 
 class ReplayBench:
@@ -147,7 +146,7 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
     if not found:
         return math.inf
     found.sort(key=lambda pair: pair[0])
-    finalists = [c for seconds, c in found if seconds <= 1.1 * found[0][0]][:FINALISTS]
+    finalists = [c for seconds, c in found if seconds <= CLOSE * found[0][0]][:FINALISTS]
     finish = race(bench, finalists, {})
     truth = recording.truth()
     assert finish is not None, "a recording does not break"

@@ -19,6 +19,7 @@ __all__ = ["ENUMERATE", "Proposal", "Search", "make_sampler"]
 
 ENUMERATE = 200
 """Spaces of at most this many points are looked at whole."""
+ELITE = 8
 FAR = 3.0
 """A backend whose best is this many times slower than the best of all is not climbed."""
 PAYS = 0.995
@@ -63,6 +64,7 @@ class Search:
         self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
         self.seen: dict[str, float] = {}
         self.best: tuple[float, Candidate] | None = None
+        self.usable: dict[Candidate, float] = {}
         self.tops: dict[str, tuple[float, Candidate]] = {}
         self._idle = 0
         self._queue: list[tuple[Candidate, str]] = list(seeds)
@@ -110,6 +112,14 @@ class Search:
         self.study.tell(proposal.trial, WORST if seconds is None else seconds)
         self._note(proposal.candidate, seconds, proposal.why)
 
+    def reference(self) -> tuple[Candidate, float] | None:
+        """The candidate that the study's latest times are relative to, and its seconds."""
+        for trial in reversed(self.results()):
+            candidate = _candidate_of(trial)
+            if candidate is not None and trial.user_attrs.get("reference") and trial.value is not None:
+                return candidate, trial.value
+        return None
+
     def give_up(self, proposal: Proposal) -> None:
         """Take a proposal back unjudged, as when the user interrupts: it may be proposed again."""
         self.study.tell(proposal.trial, state=TrialState.FAIL)
@@ -122,6 +132,7 @@ class Search:
         self.seen[candidate.key] = WORST if seconds is None else seconds
         paid = seconds is not None and (self.best is None or seconds < PAYS * self.best[0])
         if seconds is not None:
+            self.usable[candidate] = seconds
             self.best = min(self.best or (seconds, candidate), (seconds, candidate), key=lambda top: top[0])
             known = self.tops.get(candidate.backend, (seconds, candidate))
             self.tops[candidate.backend] = min(known, (seconds, candidate), key=lambda top: top[0])
@@ -174,7 +185,7 @@ class Search:
         return None
 
     def _sample(self) -> Proposal | None:
-        """What TPE says; what it repeats or breaks a constraint with is replaced by a random point."""
+        """What TPE says; what it repeats or breaks a constraint with is replaced by a mutant or a random point."""
         if self._idle >= self.patience:
             return None
         for _ in range(8):
@@ -183,11 +194,21 @@ class Search:
             if self._fresh(candidate):
                 return self._owned(trial, candidate, "tpe")
             self.study.tell(trial, state=TrialState.FAIL)
-        for _ in range(200):
-            candidate = self.space.sample(self.rng)
+        for n in range(400):
+            candidate = self._mutant() if n % 2 else self.space.sample(self.rng)
             if self._fresh(candidate):
                 return self._proposed(candidate, "random")
         return None
+
+    def _mutant(self) -> Candidate:
+        """One of the best with two of its choices drawn anew: near, and past what one step reaches."""
+        ranked = sorted(self.usable.items(), key=lambda item: item[1])[:ELITE]
+        if not ranked:
+            return self.space.sample(self.rng)
+        parent = self.rng.choice(ranked)[0]
+        choices = self.space.spaces[parent.backend].choices
+        names = self.rng.sample(sorted(choices), min(2, len(choices)))
+        return Candidate(parent.backend, {**parent.config, **{n: self.rng.choice(list(choices[n])) for n in names}})
 
     def _fresh(self, candidate: Candidate) -> bool:
         new = candidate.key not in self.seen and candidate.key not in self._taken

@@ -231,8 +231,7 @@ def _seeds(setting: _Setting, space: JointSpace) -> list[tuple[Candidate, str]]:
 
 def _search(setting: _Setting, bench: Bench, search: Search) -> str:
     """Evaluate what the search proposes; returns why it ended."""
-    best = search.best
-    evaluator = Evaluator(bench, (best[1], best[0]) if best is not None else None)
+    evaluator = Evaluator(bench, search.reference())
     total = search.space.count(ENUMERATE) if search.whole else search.limit
     while True:
         if setting.left() < 0.25 * (setting.options.seconds or 0.0):
