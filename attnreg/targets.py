@@ -76,12 +76,13 @@ def _amd(
     )
 
 
-# One part stands for its architecture; dense matrix rates with float32 accumulation, in TFLOP/s; nothing here was measured.
+# One part stands for its architecture. Dense matrix rates with float32 accumulation, in TFLOP/s; nothing was measured.
 # Each part's figures were held against public documents in November 2026, named beside it; "not checked" marks what no
-# document in reach stated. Shared memory (the most that one block may ask for, in KiB), threads and registers of
-# NVIDIA's parts: CUDA Programming Guide 13, appendix 5.1 (compute capabilities), and for 10.0 and 12.0 the Blackwell
-# Tuning Guide 13.0 (2025-11). Units, LDS and registers of AMD's parts: ROCm documentation, "AMD GPU specifications"
-# (2026); it gives RDNA 3's 768 KiB of registers and 128 KiB of LDS for two compute units together.
+# document in reach stated. NVIDIA's threads: compute capabilities as public occupancy libraries repeat them (2026).
+# NVIDIA's shared memory, the most that one block may ask for in KiB: the CUDA Programming Guide's appendix 5.1, whose
+# table was not in reach, so from memory and not checked (but 99 for 12.x, which a device query of 2026 shows).
+# Units, LDS and registers of AMD's parts: ROCm documentation, "AMD GPU specifications" (2026); it gives RDNA 3's
+# 768 KiB of registers and 128 KiB of LDS for two compute units together.
 TARGETS: Mapping[str, Hardware] = {
     # A100 SXM 80 GB: NVIDIA A100 data sheet (2021, revision 1758950 r4) and Ampere architecture paper (2020).
     "sm_80": _nvidia("sm_80", 108, 80, 163, 2048, 2.039e12, half=312, tf32=156, vector=19.5),
