@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
-from attnreg.space import Config, SearchSpace
+from attnreg.space import Config, SearchSpace, Value
 
 __all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds"]
 
@@ -27,8 +27,9 @@ class Backend(Protocol):
     name: unique, lower case, such as "triton_flash". version: changes when the kernels change; it is part of
     every record's key, so that a stale measurement is seen.
 
-    Optional methods: `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured) and
-    `cross_compile(problem, config, target) -> StaticReport | None`.
+    Optional methods: `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured),
+    `cross_compile(problem, config, target) -> StaticReport | None` for a target of `attnreg.targets`, and
+    `foresee(problem, config, target) -> float` (modelled seconds without compiling, which orders the compiling).
     """
 
     name: str
@@ -63,7 +64,8 @@ class StaticReport:
 
     registers a thread, spilled bytes, shared memory bytes, occupancy (blocks a multiprocessor), tensor-core
     instruction counts by mnemonic, and the static model's time in seconds. `refused` says why it cannot run;
-    empty if it can.
+    empty if it can. culprit: the choices of the configuration that the refusal lies in; others that have them too
+    are not compiled. Empty: nothing is concluded.
     """
 
     target: str
@@ -74,6 +76,7 @@ class StaticReport:
     instructions: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
     refused: str = ""
+    culprit: Mapping[str, Value] = field(default_factory=dict)
 
 
 def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> float | None:

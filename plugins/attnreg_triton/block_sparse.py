@@ -12,6 +12,7 @@ from torch import Tensor
 from attnreg import Hardware, Problem, SearchSpace, blocks, scores
 
 from . import block_sparse_space
+from .crosscompile import CrossCompiled
 from .flash import Config, Run
 from .launch import Inputs, sizes
 from .plan import Plan
@@ -30,7 +31,7 @@ class Call:
     layout: blocks.BlockLayout
 
 
-class TritonBlockSparse:
+class TritonBlockSparse(CrossCompiled):
     """The flash kernels' tile step over lists of live blocks: full ones without a mask, partial ones by bit tiles.
 
     The layout is built on the host and kept by what its tensors hold, so a call whose mask reads call tensors
@@ -39,6 +40,7 @@ class TritonBlockSparse:
 
     name = "triton_block_sparse"
     version = "1"
+    sparse = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
@@ -78,6 +80,10 @@ class TritonBlockSparse:
             return (out, lse) if spec.return_lse else out
 
         return run
+
+    def plan(self, problem: Problem, config: Config) -> Plan:
+        """The plan of a problem, cut as the configuration says."""
+        return make_plan(problem, config)
 
     def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
         """Compiler input of every kernel that a call of the problem starts."""

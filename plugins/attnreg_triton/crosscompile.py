@@ -5,30 +5,31 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from attnreg import Hardware, Problem, StaticReport
+from attnreg import Hardware, Problem, StaticReport, targets
 
 from . import static_model
-from .plan import Plan
+from .plan import ConfigValue, Plan
 from .signatures import CompileSpec
 from .support import interpreted
 
 MATRIX = ("HMMA", "HGMMA", "QGMMA", "IMMA", "QMMA", "UTCHMMA", "UTCQMMA", "OMMA")
 """SASS mnemonics of matrix products: Ampere and Ada (HMMA), Hopper (HGMMA, 8-bit QGMMA), Blackwell (UTC*MMA, QMMA)."""
-RESERVED = 1024
-"""Bytes of shared memory that CUDA keeps for itself in each resident block."""
+TENSOR_COLUMNS = 512
+"""Columns of tensor memory that a multiprocessor of sm_100 has."""
 
 
 @dataclass(frozen=True)
 class Binary:
     """One compiled kernel: registers a thread, spills (bytes of stack and local memory, or spilled registers on AMD),
-    shared memory in bytes, and matrix instructions by mnemonic.
+    shared memory in bytes, matrix instructions by mnemonic, and columns of tensor memory.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Binary:
     spills: int
     shared: int
     instructions: dict[str, int]
+    tensor_columns: int = 0
 
 
 def gpu_target(hardware: Hardware) -> Any:
@@ -55,9 +57,12 @@ def compile_kernel(spec: CompileSpec, hardware: Hardware) -> Binary:
     if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set: kernels were loaded for the interpreter and cannot be compiled")
     source = ASTSource(spec.fn, dict(spec.signature), dict(spec.constexprs), dict(spec.attrs))
-    made = triton.compile(source, target=gpu_target(hardware), options=dict(spec.options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the fusion default, which spec.options sets
+        made = triton.compile(source, target=gpu_target(hardware), options=dict(spec.options))
     if "cubin" in made.asm:
-        return _read_cubin(spec.name, made.asm["cubin"], made.metadata.shared)
+        binary = _read_cubin(spec.name, made.asm["cubin"], made.metadata.shared)
+        return replace(binary, tensor_columns=int(getattr(made.metadata, "tmem_size", None) or 0))
     return _read_amdgcn(spec.name, made.asm["amdgcn"], made.metadata.shared)
 
 
@@ -97,30 +102,61 @@ def _read_amdgcn(name: str, text: str, shared: int) -> Binary:
 
 
 def occupancy(binary: Binary, warps: int, hardware: Hardware) -> int:
-    """Blocks that one multiprocessor holds at once: by registers, shared memory and threads; at least 1."""
-    threads = warps * hardware.warp_size
-    limits = []
-    if binary.registers:
-        # Registers are handed out in eights a thread.
-        limits.append(hardware.registers // (-(-binary.registers // 8) * 8 * threads))
-    if binary.shared:
-        reserved = RESERVED if hardware.kind == "cuda" else 0
-        limits.append((hardware.shared_memory + reserved) // (binary.shared + reserved))
-    if hardware.threads:
-        limits.append(hardware.threads // threads)
-    return max(1, min(limits, default=1))
+    """Blocks that one multiprocessor holds at once: by registers, shared memory, threads and tensor memory."""
+    blocks = static_model.resident(binary.registers, binary.shared, warps, hardware)
+    return max(1, min(blocks, TENSOR_COLUMNS // binary.tensor_columns)) if binary.tensor_columns else blocks
 
 
-def report(problem: Problem, plan: Plan, specs: Sequence[CompileSpec], hardware: Hardware) -> StaticReport:
-    """What the kernels of a configuration show together; refused where one does not fit or spills.
+class CrossCompiled:
+    """What the backends share: `cross_compile` and `foresee`, from their own plans and compiler input."""
+
+    sparse = False
+    """Do its kernels walk lists of blocks, one query head each?"""
+
+    def plan(self, problem: Problem, config: Mapping[str, ConfigValue]) -> Plan:
+        """The plan of a problem, cut as the configuration says."""
+        raise NotImplementedError
+
+    def compile_specs(self, problem: Problem, config: Mapping[str, ConfigValue]) -> list[CompileSpec]:
+        """Compiler input of every kernel that a call of the problem starts."""
+        raise NotImplementedError
+
+    def cross_compile(self, problem: Problem, config: Mapping[str, ConfigValue], target: str) -> StaticReport:
+        """What the configuration's kernels show when compiled for a target; raises what the compiler raises."""
+        made, kernel = report(
+            problem, self.plan(problem, config), self.compile_specs(problem, config), targets.target(target)
+        )
+        return replace(made, culprit=_choices_of(kernel, config)) if made.refused else made
+
+    def foresee(self, problem: Problem, config: Mapping[str, ConfigValue], target: str) -> float:
+        """Modelled seconds of the configuration from its tiles alone."""
+        plan, hardware = self.plan(problem, config), targets.target(target)
+        return static_model.foresee(problem, plan, hardware, sparse=self.sparse)
+
+
+def _choices_of(kernel: str, config: Mapping[str, ConfigValue]) -> dict[str, ConfigValue]:
+    """The choices that shape a kernel: its own, by prefix, and those that kernels share. Splits only cut its grid."""
+    prefix = {"dq": "dq_", "dkv": "dkv_"}.get(static_model.KERNEL_TILES.get(kernel, ""), "")
+    out = {}
+    for name, value in config.items():
+        own = name.startswith(prefix) if prefix else not name.startswith(("dq_", "dkv_"))
+        shared = bool(prefix) and not name.startswith(("dq_", "dkv_")) and prefix + name not in config
+        if (own or shared) and name != "splits":
+            out[name] = value
+    return out
+
+
+def report(problem: Problem, plan: Plan, specs: Sequence[CompileSpec], hardware: Hardware) -> tuple[StaticReport, str]:
+    """What the kernels of a configuration show together; refused where one does not fit or spills, which is named.
 
     registers, shared and spills are the largest of the kernels, occupancy the smallest, instructions and the modelled
     seconds sums.
     """
     instructions: Counter[str] = Counter()
-    binaries, refused = [], ""
-    seconds = 0.0
+    binaries: list[Binary] = []
     blocks: list[int] = []
+    refused = culprit = ""
+    seconds = 0.0
     for spec in specs:
         binary = compile_kernel(spec, hardware)
         binaries.append(binary)
@@ -131,9 +167,10 @@ def report(problem: Problem, plan: Plan, specs: Sequence[CompileSpec], hardware:
         elif binary.spills:
             refused = f"{spec.name}: spills ({binary.spills} bytes or instructions) at {binary.registers} registers"
         if refused:
+            culprit = spec.name
             break
         seconds += static_model.kernel_seconds(spec.name, problem, plan, hardware, blocks[-1])
-    return StaticReport(
+    made = StaticReport(
         hardware.arch,
         registers=max((b.registers for b in binaries), default=0),
         spills=max((b.spills for b in binaries), default=0),
@@ -143,3 +180,4 @@ def report(problem: Problem, plan: Plan, specs: Sequence[CompileSpec], hardware:
         seconds=None if refused else float(f"{seconds:.4g}"),
         refused=refused,
     )
+    return made, culprit

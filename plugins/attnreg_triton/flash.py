@@ -11,6 +11,7 @@ from torch import Tensor
 from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, masks
 
 from . import flash_space
+from .crosscompile import CrossCompiled
 from .documents import spans
 from .launch import Inputs
 from .plan import MAX_KEYS, ConfigValue, Plan
@@ -90,7 +91,7 @@ def make_run(problem: Problem, plan: Plan) -> Run:
     return run
 
 
-class TritonFlash:
+class TritonFlash(CrossCompiled):
     """FlashAttention-2 in Triton, forward and backward, for every band mask."""
 
     name = "triton_flash"
@@ -112,12 +113,16 @@ class TritonFlash:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
         return make_run(problem, make_plan(problem, config))
 
+    def plan(self, problem: Problem, config: Config) -> Plan:
+        """The plan of a problem, cut as the configuration says."""
+        return make_plan(problem, config)
+
     def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
         """Compiler input of every kernel that a call of the problem starts."""
         return compile_specs(problem, make_plan(problem, config))
 
 
-class TritonDecode:
+class TritonDecode(CrossCompiled):
     """Split-KV decoding (Flash-Decoding): few query rows against a long cache, paged or not."""
 
     name = "triton_decode"
@@ -145,6 +150,10 @@ class TritonDecode:
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
         return make_run(problem, make_plan(problem, config))
+
+    def plan(self, problem: Problem, config: Config) -> Plan:
+        """The plan of a problem, cut as the configuration says."""
+        return make_plan(problem, config)
 
     def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
         """Compiler input of every kernel that a call of the problem starts."""

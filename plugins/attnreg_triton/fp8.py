@@ -13,6 +13,7 @@ from attnreg import Hardware, Problem, SearchSpace, block_of, masks, scores, spa
 
 from . import flash_space
 from .arguments import Descale, Descales
+from .crosscompile import CrossCompiled
 from .flash import Config, Run, call_tensors, make_plan
 from .fp8_launch import FLOAT8, WEIGHTS, WHOLE, Quantiser, Start, described, with_descales
 from .launch import Inputs, Launch, sizes
@@ -24,7 +25,7 @@ E4M3 = "float8_e4m3fn"
 CARDS = {E4M3: (89, ("gfx950", "gfx1200", "gfx1201")), "float8_e5m2": (89, ("gfx950", "gfx1200", "gfx1201"))}
 
 
-class TritonFp8:
+class TritonFp8(CrossCompiled):
     """FP8 attention with float32 accumulation. The numerics are attnreg_eager.fp8's, step by step.
 
     With 16- or 32-bit q, k, v and `dtype.compute` in FP8 it quantises them (per tensor, head or block, rotated where
@@ -80,6 +81,10 @@ class TritonFp8:
             return (out, lse) if spec.return_lse else out
 
         return run
+
+    def plan(self, problem: Problem, config: Config) -> Plan:
+        """The plan of a problem, cut as the configuration says."""
+        return make_plan(problem, config)
 
     def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
         """Compiler input of every kernel that a call of the problem starts."""

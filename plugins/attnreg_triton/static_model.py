@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from attnreg import Hardware, Problem
 
+from .flash_space import accumulator_registers, shared_bytes
 from .launch import head_blocks, next_power_of_two
 from .plan import Plan, Tile
 
@@ -26,6 +27,12 @@ KERNEL_TILES = {
     "backward_kv_kernel": "dkv",
     "block_kv_kernel": "dkv",
 }
+FORWARD, DQ, DKV = ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
+SPARSE = {FORWARD: "block_forward_kernel", DQ: "block_q_kernel", DKV: "block_kv_kernel"}
+RESERVED = 1024
+"""Bytes of shared memory that CUDA keeps for itself in each resident block."""
+STATE = 56
+"""Registers a thread besides accumulators and scores, where no compiler was asked: addresses, masks, loop state."""
 SOFTMAX_OPS = {"forward": 7.0, "dq": 9.0, "dkv": 9.0}
 """float32 instructions a score besides its exponential: scale, maximum, subtract, sum, convert, rescale, gradient."""
 SHARED_BYTES = 128.0
@@ -116,3 +123,31 @@ def kernel_seconds(name: str, problem: Problem, plan: Plan, hardware: Hardware, 
     traffic = problem.bytes / hardware.bandwidth if hardware.bandwidth else 0.0
     merge = 2e-6 * (splits > 1)
     return max(compute, traffic) + merge
+
+
+def resident(registers: int, shared: int, warps: int, hardware: Hardware) -> int:
+    """Blocks that one multiprocessor holds at once: by registers a thread, shared bytes and threads; at least 1."""
+    threads = warps * hardware.warp_size
+    limits = []
+    if registers:
+        # Registers are handed out in eights a thread.
+        limits.append(hardware.registers // (-(-registers // 8) * 8 * threads))
+    if shared:
+        reserved = RESERVED if hardware.kind == "cuda" else 0
+        limits.append((hardware.shared_memory + reserved) // (shared + reserved))
+    if hardware.threads:
+        limits.append(hardware.threads // threads)
+    return max(1, min(limits, default=1))
+
+
+def foresee(problem: Problem, plan: Plan, hardware: Hardware, *, sparse: bool = False) -> float:
+    """Modelled seconds of a plan's kernels before anything is compiled: registers and shared memory are reckoned."""
+    total = 0.0
+    most = 255 if hardware.kind == "cuda" or hardware.warp_size == 32 else 512
+    for name in (FORWARD, DQ, DKV) if problem.needs_grad else (FORWARD,):
+        kernel = KERNEL_TILES[name]
+        tile = {"forward": plan.forward, "dq": plan.backward_q, "dkv": plan.backward_kv}[kernel]
+        wanted = int(accumulator_registers(kernel, problem, tile, hardware.warp_size)) + STATE
+        blocks = resident(min(wanted, most), shared_bytes(kernel, problem, tile), tile.warps, hardware)
+        total += kernel_seconds(SPARSE[name] if sparse else name, problem, plan, hardware, blocks)
+    return total
