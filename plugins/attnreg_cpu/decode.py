@@ -17,7 +17,7 @@ from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import read_conjunction
 from attnreg_cpu.variant import check_status
 
-__all__ = ["decode_prepare", "decode_space", "decode_supports", "is_decode"]
+__all__ = ["Decode", "decode_space", "decode_supports", "is_decode"]
 
 MOST_ROWS = 64
 ONE_PASS = 4  # rows that the products take at once
@@ -124,13 +124,11 @@ def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:
     return int(config["block_kv"]) * (4 * rows + (problem.head_dim + problem.head_dim_v) * again)
 
 
-def decode_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
-    """Compile (or find) the kernel and return run(q, k, v, **tensors). Raises BuildError without a working compiler."""
-    return Decode(problem, config)
-
-
 class Decode:
-    """run(q, k, v, **tensors) of one prepared problem: the output, or (output, lse)."""
+    """run(q, k, v, **tensors) of one prepared problem: the output, or (output, lse).
+
+    Compiles (or finds) the kernel. Raises BuildError without a working compiler.
+    """
 
     def __init__(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> None:
         mask = read_conjunction(problem.spec.mask)
@@ -158,6 +156,11 @@ class Decode:
         self._plain_end = _end_packer.pack(*[0] * 12, *self._end)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        out, lse = self.compute(q, k, v, tensors)
+        return out if lse is None else (out, lse)
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None)."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         if self._like_q:
             out = torch.empty_like(q)
@@ -176,7 +179,7 @@ class Decode:
         tail, more_kept = self._arguments.tail(tensors)
         check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail + end))
         del kept, more_kept  # the bytes pointed into them
-        return (out, lse) if self._return_lse else out
+        return out, lse
 
     def _empty_lse(self, q: Tensor) -> Tensor:
         *batch, a, b = q.shape[:-1]

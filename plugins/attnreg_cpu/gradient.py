@@ -31,7 +31,31 @@ class Differentiable:
         out, lse = _Attention.apply(self, rest, q, k, v, tensors.get("bias"), tensors.get("sinks"))  # type: ignore[no-untyped-call]
         return (out, lse) if self.forward.return_lse else out
 
-    def gradients(
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(out, lse), without autograd; the backward pass reads both."""
+        return self.forward.compute(q, k, v, tensors, with_lse=True)
+
+    def backward(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor],
+        upstream: tuple[Tensor, Tensor | None],
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk, dv, and the gradients of bias and sinks where wanted, each shaped and typed like its tensor."""
+        bias, sinks = tensors.get("bias"), tensors.get("sinks")
+        named = {name: x for name, x in tensors.items() if name != "sinks"}
+        d_out, d_lse = upstream
+        d_q, d_k, d_v, d_bias = self._gradients(inputs, named, results, d_out, d_lse, wanted[0])
+        if d_bias is not None and bias is not None:
+            d_bias = d_bias.sum_to_size(bias.shape).to(bias.dtype)
+        d_sinks = None
+        if wanted[1] and sinks is not None:
+            d_sinks = _sink_gradient(sinks, *results, d_out, d_lse, self.forward.layout)
+        return d_q, d_k, d_v, d_bias, d_sinks
+
+    def _gradients(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
@@ -94,7 +118,7 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         named = {**tensors, **{n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}}
-        out, lse = call.forward.compute(q, k, v, named, with_lse=True)
+        out, lse = call.compute(q, k, v, named)
         assert lse is not None
         ctx.call, ctx.tensors = call, tensors
         ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
@@ -110,15 +134,10 @@ class _Attention(torch.autograd.Function):
         if d_out is None:
             d_out = torch.zeros_like(out)
         call: Differentiable = ctx.call
-        named = {**ctx.tensors, **({} if bias is None else {"bias": bias})}
-        with_bias = bias is not None and ctx.needs_input_grad[5]
-        d_q, d_k, d_v, d_bias = call.gradients((q, k, v), named, (out, lse), d_out, d_lse, with_bias)
-        if d_bias is not None:
-            d_bias = d_bias.sum_to_size(bias.shape).to(bias.dtype)
-        d_sinks = None
-        if sinks is not None and ctx.needs_input_grad[6]:
-            d_sinks = _sink_gradient(sinks, out, lse, d_out, d_lse, call.forward.layout)
-        return None, None, d_q, d_k, d_v, d_bias, d_sinks
+        given = {n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}
+        wanted = (bias is not None and ctx.needs_input_grad[5], sinks is not None and ctx.needs_input_grad[6])
+        found = call.backward((q, k, v), {**ctx.tensors, **given}, (out, lse), (d_out, d_lse), wanted)
+        return None, None, *found
 
 
 def _sums(x: Tensor, shares: int) -> Tensor:

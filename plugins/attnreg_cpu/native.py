@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attnreg import Hardware, Problem, SearchSpace
+from attnreg import Hardware, Problem, SearchSpace, masks
 from attnreg_cpu import build
-from attnreg_cpu.decode import decode_prepare, decode_space, decode_supports, is_decode
+from attnreg_cpu.decode import Decode, decode_space, decode_supports, is_decode
 from attnreg_cpu.estimate import estimate
-from attnreg_cpu.prefill import prefill_prepare, prefill_supports
+from attnreg_cpu.gradient import Differentiable
+from attnreg_cpu.prefill import Forward, prefill_prepare, prefill_supports
 from attnreg_cpu.tuning_space import kernel_space
 
 SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
@@ -29,6 +30,8 @@ class NativeBackend:
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason why the problem cannot be computed exactly as said; empty if it can."""
         reasons = _machine_reasons(problem)
+        if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
+            reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
         if is_decode(problem):
             decode = decode_supports(problem, hardware)
             # What decoding does not take, prefill may; its reasons count where both refuse.
@@ -47,15 +50,24 @@ class NativeBackend:
 
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
         """Compile (or find) the kernels and return run(q, k, v, **tensors)."""
-        if "kv_splits" in config:  # a configuration of decode_space
-            return decode_prepare(problem, config)
-        return prefill_prepare(problem, config)
+        if problem.traced:
+            from attnreg_cpu.traced import Traced
+
+            return Traced(problem, config)
+        return run_of(problem, config)
 
     def build_ahead(self, hardware: Hardware, **options: Any) -> int:
         """Compile what calls would compile at first use; see ahead.build_all. Returns how many libraries there are."""
         from attnreg_cpu.ahead import build_all
 
         return build_all(hardware, **options)
+
+
+def run_of(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Decode | Forward | Differentiable:
+    """The path that a configuration is of, compiled, for calls that are not traced."""
+    if "kv_splits" in config:  # a configuration of decode_space
+        return Decode(problem, config)
+    return prefill_prepare(problem, config)
 
 
 def _decodes(problem: Problem, hardware: Hardware) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from attnreg_cpu.variant import ELEMENTS, Kernel, Variant, check_status
 MAX_HEAD_DIM = 1024  # the kernels unroll nothing over it; beyond, a tile would leave the caches
 
 
-def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
+def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Forward | Differentiable:
     """Compile (or find) the kernels and return run(q, k, v, **tensors). Raises BuildError where that fails."""
     layouts = None
     mask = read_conjunction(problem.spec.mask)
@@ -49,17 +49,17 @@ class Forward:
         self.return_lse = problem.spec.return_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        out, lse = self.compute(q, k, v, tensors, self.return_lse)
+        out, lse = self.compute(q, k, v, tensors)
         return (out, lse) if self.return_lse else out
 
     def compute(
-        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], with_lse: bool
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], with_lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None)."""
+        """(out, lse or None: where neither the problem nor the caller asks for it)."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         out = torch.empty(*q.shape[:-1], self._head_dim_v, dtype=q.dtype)
         lse = None
-        if with_lse:
+        if with_lse or self.return_lse:
             lse = torch.empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
         self.launch(self._kernel, (q, k, v), out, lse, tensors, {})
         return out, lse

@@ -17,7 +17,7 @@ from attnreg.testing.sequences import put_together
 from attnreg.validate import check
 from attnreg_cpu import build
 from attnreg_cpu.conjunction import read_conjunction
-from attnreg_cpu.decode import decode_prepare, decode_space, decode_supports
+from attnreg_cpu.decode import Decode, decode_space, decode_supports
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -117,7 +117,7 @@ def prepare(the_spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, named: Any
     """The decode path's callable; it takes any number of rows, whatever the backend would choose it for."""
     problem = Problem.of(the_spec, check(the_spec, q, k, v, named), q, k, v, named)
     space = decode_space(problem, CPU)
-    return decode_prepare(problem, space.check({name: x for name, x in config.items() if x in space.choices[name]}))
+    return Decode(problem, space.check({name: x for name, x in config.items() if x in space.choices[name]}))
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -157,7 +157,7 @@ def test_splits_that_hold_no_key_change_nothing(splits: int, threads: int) -> No
         q, k, v, named = case.draw(torch.float32)
         problem = Problem.of(case.spec, check(case.spec, q, k, v, named), q, k, v, named)
         config = {**decode_space(problem, CPU).default, "kv_splits": splits}
-        out, lse = decode_prepare(problem, config)(q, k, v)
+        out, lse = Decode(problem, config)(q, k, v)
         exact_out, exact_lse = oracle(case.spec, q, k, v)
         assert error(out, exact_out) <= FLOOR[torch.float32]
         assert error(lse, exact_lse) <= 4e-6
