@@ -14,7 +14,8 @@ from rich.table import Table
 
 from attnreg import registry, store
 from attnreg.cli import app, console
-from attnreg.errors import AttnregError, TuneError
+from attnreg.cli.static import tune_for
+from attnreg.errors import TuneError
 from attnreg.match import Match
 from attnreg.problem import Problem
 from attnreg.suites import MODELS, SUITES, Case, model_shape, suite
@@ -22,7 +23,6 @@ from attnreg.tuning import Options, TuneReport, known, read_problems, tune_all
 from attnreg.tuning import Progress as Stage
 from attnreg.tuning.report import seconds_text
 from attnreg.tuning.session import hardware_of
-from attnreg.tuning.static import tune_static
 
 Result = TuneReport | Match | TuneError
 
@@ -45,6 +45,7 @@ def tune(
     time_limit: Annotated[float, typer.Option(help="Seconds that one step of a candidate may take.")] = 120.0,
     target: Annotated[str | None, typer.Option(help="Tune for hardware that is not here, such as sm_90.")] = None,
     static: Annotated[bool, typer.Option("--static", help="With --target: from compiled code alone.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="With --static: compiling processes; every core. 0: none.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Tune problems with a fresh record too.")] = False,
     keep: Annotated[bool, typer.Option(help="Write records to the user's database.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; measure nothing.")] = False,
@@ -72,7 +73,9 @@ def tune(
         time_limit=time_limit,
     )
     if target is not None or static:
-        _static(cases, target, static, budget or 64, names, keep, as_json)
+        if target is None or not static:
+            raise typer.BadParameter("--target and --static go together: what is not here cannot be measured")
+        tune_for(cases, target, budget, names, keep, as_json, jobs)
     elif dry_run:
         _dry_run(cases, options, again, as_json)
     else:
@@ -226,38 +229,3 @@ def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) ->
         table.add_row(escape(case.name), spaces, ", ".join(seeds[:3]) or "defaults", match.backend if match else "")
     if not as_json:
         wide(table)
-
-
-def _static(
-    cases: list[Case],
-    target: str | None,
-    static: bool,
-    limit: int,
-    backends: tuple[str, ...] | None,
-    keep: bool,
-    as_json: bool,
-) -> None:
-    if target is None or not static:
-        raise typer.BadParameter("--target and --static go together: what is not here cannot be measured")
-    table = Table("problem", "static choice", "refused", "why the first", box=None, pad_edge=False)
-    failed = 0
-    for case in cases:
-        try:
-            made = tune_static(case.problem, target, limit=limit, backends=backends, keep=keep)
-        except AttnregError as error:
-            failed += 1
-            typer.echo(json.dumps({"name": case.name, "error": str(error)})) if as_json else table.add_row(
-                escape(case.name), "-", "", escape(str(error))
-            )
-            continue
-        best = str(made.looked[0][0]) if made.looked else "none fits"
-        first = f"{made.refused[0][0]}: {made.refused[0][1]}" if made.refused else ""
-        if as_json:
-            data = {"name": case.name, "target": target, "choice": best, "looked": len(made.looked)}
-            typer.echo(json.dumps({**data, "refused": [[str(c), why] for c, why in made.refused]}))
-        table.add_row(escape(case.name), escape(best), str(len(made.refused)), escape(first[:120]))
-    if not as_json:
-        wide(table)
-        console.print(f"static: compiled for {target}, not measured; a measured record always ranks above")
-    if failed == len(cases):
-        raise typer.Exit(1)
