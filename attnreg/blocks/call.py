@@ -48,7 +48,8 @@ def call_layout(
         lengths = given.get("kv_lengths")
         offset = None  # kv_len - q_len
         if lengths is not None:
-            offset = lengths.to(torch.int64) - (sq if q_len is None else q_len)
+            there = lengths.to(torch.int64) if used is None else torch.minimum(lengths.to(torch.int64), used.long())
+            offset = there - (sq if q_len is None else q_len)
     return cached_block_layout(
         spec.mask, spec.sparsity, sq, skv, block_q, block_kv, heads=heads, batch=batch, offset=offset, q_len=q_len,
         kv_len=kv_len, pattern_keys=pattern_keys, tensors=given, packed=packed, device=device,

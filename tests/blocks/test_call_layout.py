@@ -92,3 +92,17 @@ def test_paged(used: list[int] | None, align: str, sparsity: s.Sparsity, layout:
         got = got.view(B, SQ, H, wide).transpose(1, 2)
     blocks = call_layout(spec, SQ, wide, 16, 16, batch=B, heads=H, tensors=tensors)
     assert torch.equal(blocks.to_dense().expand(B, H, SQ, wide), got)
+
+
+def test_bottom_right_counts_from_the_shorter_of_padding_and_used_pages() -> None:
+    page, wide = 16, 48
+    spec = AttentionSpec(mask=m.Causal() & m.Padding(), page_size=page)
+    tensors = {
+        "block_table": torch.arange(9).view(B, 3).int(),
+        "seqused_k": torch.tensor([20, 40, 9]).int(),
+        "kv_lengths": torch.tensor([48, 30, 9]),
+    }
+    pages = torch.eye(wide).view(3, 1, page, wide).repeat(B, H, 1, 1)
+    got = attended(spec, torch.zeros(B, H, SQ, 4), torch.zeros(9, H, page, 4), pages, tensors)
+    blocks = call_layout(spec, SQ, wide, 16, 16, batch=B, heads=H, tensors=tensors)
+    assert torch.equal(blocks.to_dense().expand(B, H, SQ, wide), got)
