@@ -12,6 +12,7 @@ from torch import Tensor
 from attnreg.testing.candidate import GateResult, check_candidate
 from attnreg.testing.inputs import Inputs
 from attnreg.testing.oracle import attend
+from attnreg.testing.quantised import largest, stored
 from attnreg.testing.sequences import Shape, as_rows, from_rows, key_rows, pick_rows, shapes
 
 __all__ = ["check_dropout", "kept_weights"]
@@ -81,11 +82,15 @@ def kept_weights(run: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, Tenso
 
 
 def _one_hot(inputs: Inputs, every: list[Shape], v: Tensor, tensors: Mapping[str, Any], start: int) -> Tensor:
-    """v whose key `start + d` is the d-th unit vector and all else 0; pages that sequences share agree on it."""
+    """v whose key `start + d` is the d-th unit vector and all else 0; pages that sequences share agree on it.
+
+    A stored v holds its largest value instead of 1: its descale would make 1 too small to be seen.
+    """
     spec = inputs.problem.spec
     rows = torch.zeros_like(as_rows(spec, v))
+    one_hot = torch.tensor(largest(v.dtype) if stored(v.dtype) else 1.0, device=v.device).to(v.dtype)
     for one in every:
         at = key_rows(spec, one, v, tensors)[start : start + v.shape[-1]]
         column = torch.arange(len(at), device=v.device)
-        rows[at, :, column] = torch.ones((), dtype=v.dtype, device=v.device)
+        rows[at, :, column] = one_hot
     return from_rows(spec, rows, v).contiguous()
