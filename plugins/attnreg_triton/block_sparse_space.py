@@ -7,15 +7,28 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace
 
-from .flash_seeds import product_precisions
+from .flash_seeds import TileTuple, Width, product_precisions, width
 from .flash_space import REGISTERS, accumulator_registers, shared_bytes
 from .launch import next_power_of_two
 from .plan import ConfigValue, Tile
 
 Config = Mapping[str, ConfigValue]
 KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
-SEEDS = ((64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1))
-"""(block_m, block_n, warps, stages), best guess first."""
+HALF: dict[Width, tuple[TileTuple, ...]] = {
+    "narrow": ((64, 64, 4, 2), (128, 64, 8, 2)),
+    "medium": ((64, 64, 4, 2), (64, 32, 4, 2)),
+    "wide": ((64, 32, 8, 2), (32, 32, 4, 2)),
+    "latent": ((16, 16, 4, 1),),
+}
+"""(block_m, block_n, warps, stages) of half-precision problems, best guess first."""
+SINGLE: tuple[TileTuple, ...] = ((32, 32, 4, 2), (16, 16, 4, 1))
+SMALLEST: TileTuple = (16, 16, 4, 1)
+
+
+def seed_tiles(problem: Problem, hardware: Hardware) -> tuple[TileTuple, ...]:
+    """Tiles to try first, the smallest last: it stands in where nothing else fits."""
+    found = SINGLE if problem.dtype == "float32" else HALF[width(problem)]
+    return (*found, SMALLEST)
 
 
 def read_tile(config: Config, kernel: str) -> Tile:
@@ -48,8 +61,8 @@ def space(problem: Problem, hardware: Hardware) -> SearchSpace:
     if hardware.kind == "hip":
         choices["waves_per_eu"] = (0, 1, 2, 3)
     constraints = [rule for kernel in kernels for rule in _constraints(kernel, problem, hardware)]
-    seeds = []
-    for m, n, warps, stages in SEEDS:
+    seeds: list[dict[str, ConfigValue]] = []
+    for m, n, warps, stages in seed_tiles(problem, hardware):
         seed: dict[str, ConfigValue] = {name: values[0] for name, values in choices.items()}
         seed["block_m"] = max(x for x in (16, 32, 64, 128) if x in choices["block_m"] and x <= m)
         seed["block_n"] = max(x for x in (16, 32, 64, 128) if x in choices["block_n"] and x <= n)
@@ -57,7 +70,7 @@ def space(problem: Problem, hardware: Hardware) -> SearchSpace:
             # The backward kernels hold two accumulators and two score tiles: twice the warps at the same block.
             wide = 8 if kernel != "forward" and m * n >= 4096 and problem.head_dim > 64 else warps
             seed |= {KERNELS[kernel] + "num_warps": wide, KERNELS[kernel] + "num_stages": stages}
-        if seed not in seeds and all(holds(seed) for _, holds in constraints):
+        if seed not in seeds and len(seeds) < 2 and all(holds(seed) for _, holds in constraints):
             seeds.append(seed)
     if not seeds:
         smallest = {name: values[0] for name, values in choices.items()}
