@@ -140,8 +140,9 @@ SUITES: Mapping[str, Callable[[], list[Case]]] = {
     "train": _train,
     "overhead": _overhead,
     "long": _long,
+    "models": lambda: _models(),
 }
-"""Suites by name. `long` and `overhead` are for bench; the others hold what is worth tuning."""
+"""Suites by name. `long` and `overhead` are for bench, `models` for GPUs; the others hold what is worth tuning."""
 
 
 def suite(name: str, device: str = "cpu") -> list[Case]:
@@ -211,4 +212,34 @@ def model_shape(
                 heads, dim, dim_v = model.cache or (model.heads, model.dim, model.dim_v or model.dim)
                 step = attention_problem(spec, heads, 1, n, dim, batch=batch, dim_v=dim_v, dtype=dtype, device=device)
                 out.append(Case(f"{name} decode {n}", step))
+    return out
+
+
+def _models() -> list[Case]:
+    """The shapes of the known generating models and BERT in bfloat16: prefill, decoding, training; 128K for two."""
+    out: list[Case] = []
+    for name, model in MODELS.items():
+        if name == "minilm":
+            continue
+        heads, dim, dim_v = model.cache or (model.heads, model.dim, model.dim_v or model.dim)
+        for spec in model.specs:
+            kind = name + (" window" if model.specs.index(spec) else "")
+
+            def prefill(
+                n: int, batch: int = 1, grad: bool = False, m: Model = model, s: AttentionSpec = spec, k: str = kind
+            ) -> Case:
+                made = attention_problem(
+                    s, m.heads, n, n, m.dim, batch=batch, dim_v=m.dim_v, dtype="bfloat16", grad=grad
+                )
+                return Case(f"{k} {'train' if grad else 'prefill'} B{batch} {n}", made)
+
+            if not model.decodes:
+                out += [prefill(512, 32), prefill(512, 32, True)]
+                continue
+            out += [prefill(n) for n in ((2048, 8192, 131072) if name == "llama-3-8b" else (2048, 8192))]
+            for n, batch in ((8192, 1), (8192, 16), (131072, 1)):
+                made = attention_problem(spec, heads, 1, n, dim, batch=batch, dim_v=dim_v, dtype="bfloat16")
+                out.append(Case(f"{kind} decode B{batch} {n}", made))
+            if model.cache is None:
+                out.append(prefill(4096, 1, True))
     return out
