@@ -6,9 +6,11 @@ import datetime
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from attnreg import registry, store
 from attnreg.backend import Backend, StaticReport
+from attnreg.decide import WRITTEN_ORDER
 from attnreg.errors import TuneError
 from attnreg.hardware import Hardware
 from attnreg.measure import Candidate
@@ -24,6 +26,9 @@ ENUMERATE = 4000
 """Spaces of at most this many points are foreseen whole; larger ones by climbing from their seeds and a sample."""
 STARTS = 8
 """Random points, besides the default and the seeds, that climbing starts from."""
+LEVEL = 1.1
+"""Modelled times within this factor of the least are level: no static model tells them apart. Among them the written
+order of backends decides, then a backend's own seeds in their order, then the time."""
 FAR = 1.5
 """Seeds that are foreseen to take this many times as long as the best of all are not compiled."""
 
@@ -60,7 +65,8 @@ def tune_static(
     limit: configurations that compile and fit, in all; what is refused does not count, but no more than 4 * limit are
     tried. Where backends foresee times, their seeds and then the best foreseen are compiled; other backends' spaces are
     compiled whole if that small, else their default, seeds and a sample. What does not compile, does not fit or spills
-    is refused, and so is unseen what shares the choices a refusal lies in. The winner is the least modelled time.
+    is refused, and so is unseen what shares the choices a refusal lies in. The winner has the least modelled time, but
+    for what is level with it (LEVEL).
     compilers: where to compile; this process by default. on_progress: (done, likely total, candidate) as each is done.
     Raises TuneError where the target is unknown or no backend can compile for it.
     """
@@ -79,10 +85,10 @@ def tune_static(
     if not able:
         reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in unsupported.items())
         raise TuneError(f"no backend compiles {problem} for {target}: {reasons}")
-    queue, foreseen = _queue(able, problem, hardware, limit, seed)
+    queue, known, foreseen = _queue(able, problem, hardware, limit, seed)
     work = _Work(problem, target, queue, limit, on_progress)
     (compilers or Compilers()).run(work.following, work.done)
-    looked = sorted(work.looked, key=lambda pair: (pair[1].seconds is None, pair[1].seconds or 0.0, pair[0].key))
+    looked = _ranked(work.looked, known)
     record = _record(problem, hardware, able, looked, work.refused) if looked else None
     if record is not None and keep:
         store.current().add(record)
@@ -135,8 +141,8 @@ def _within(part: dict[str, Value], candidate: Candidate) -> bool:
 
 def _queue(
     able: dict[str, Backend], problem: Problem, hardware: Hardware, limit: int, seed: int
-) -> tuple[list[Candidate], int]:
-    """(candidates in the order of compiling, how many were foreseen): good seeds, then the best foreseen."""
+) -> tuple[list[Candidate], list[Candidate], int]:
+    """(candidates in the order of compiling, all seeds, how many were foreseen): good seeds, then the best foreseen."""
     plain: list[Candidate] = []
     times: dict[Candidate, float] = {}
     seeds: list[Candidate] = []
@@ -151,7 +157,26 @@ def _queue(
     best = min(times.values(), default=0.0)
     first = [c for c in seeds if times.get(c, best) <= FAR * best]
     rest = sorted(times, key=lambda c: (times[c], c.key))
-    return list(dict.fromkeys([*plain, *first, *rest])), len(times)
+    return list(dict.fromkeys([*plain, *first, *rest])), seeds, len(times)
+
+
+def _ranked(
+    looked: list[tuple[Candidate, StaticReport]], seeds: list[Candidate]
+) -> list[tuple[Candidate, StaticReport]]:
+    """Best first; see LEVEL. What has no modelled time comes last."""
+    least = min((report.seconds for _, report in looked if report.seconds is not None), default=0.0)
+    order = {name: n for n, name in enumerate(WRITTEN_ORDER)}
+    places = {candidate: n for n, candidate in enumerate(seeds)}
+
+    def rank(pair: tuple[Candidate, StaticReport]) -> tuple[Any, ...]:
+        candidate, seconds = pair[0], pair[1].seconds
+        if seconds is None:
+            return (2, candidate.key)
+        level = seconds <= LEVEL * least
+        choice = (order.get(candidate.backend, len(order)), places.get(candidate, len(places))) if level else ()
+        return (0 if level else 1, *choice, seconds, candidate.key)
+
+    return sorted(looked, key=rank)
 
 
 def _foresight(backend: Backend, problem: Problem, target: str) -> Callable[[dict[str, Value]], float]:

@@ -26,16 +26,16 @@ class Seeds(NamedTuple):
 
 HALF: dict[tuple[Family, Width], Seeds] = {
     ("ampere", "narrow"): Seeds(
-        ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+        ((128, 128, 8, 3), (64, 64, 4, 3)),
         ((128, 64, 8, 2), (64, 64, 4, 2)),
-        ((64, 128, 8, 2), (64, 64, 4, 2)),
+        ((64, 128, 8, 2), (64, 64, 8, 2)),
     ),
     ("ampere", "medium"): Seeds(
         ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 2)),
         ((64, 64, 8, 2), (128, 64, 8, 2)),
         ((64, 64, 8, 2), (32, 64, 8, 2)),
     ),
-    ("ampere", "wide"): Seeds(((64, 32, 8, 2), (64, 32, 4, 2)), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
+    ("ampere", "wide"): Seeds(((64, 32, 8, 2),), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
     ("ada", "narrow"): Seeds(
         ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
         ((128, 64, 8, 2), (64, 64, 4, 2)),
@@ -46,7 +46,7 @@ HALF: dict[tuple[Family, Width], Seeds] = {
         ((64, 64, 8, 2), (128, 32, 8, 2)),
         ((64, 64, 8, 2), (32, 64, 8, 2)),
     ),
-    ("ada", "wide"): Seeds(((64, 32, 8, 2), (64, 16, 4, 2)), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
+    ("ada", "wide"): Seeds(((64, 32, 8, 2),), ((32, 32, 8, 2),), ((16, 32, 8, 2),)),
     ("hopper", "narrow"): Seeds(
         ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
         ((128, 64, 8, 2), (64, 64, 4, 2)),
@@ -81,7 +81,7 @@ HALF: dict[tuple[Family, Width], Seeds] = {
     ),
     ("cdna", "wide"): Seeds(((64, 32, 4, 1), (32, 32, 4, 1)), ((32, 32, 4, 1),), ((16, 32, 4, 1),)),
     ("rdna", "narrow"): Seeds(((128, 64, 8, 1), (64, 32, 8, 1)), ((64, 32, 8, 1),), ((16, 16, 4, 1),)),
-    ("rdna", "medium"): Seeds(((64, 32, 16, 1), (32, 16, 4, 1)), ((32, 16, 8, 1),), ((16, 16, 8, 1),)),
+    ("rdna", "medium"): Seeds(((64, 32, 16, 1),), ((32, 16, 8, 1),), ((16, 16, 8, 1),)),
     ("rdna", "wide"): Seeds(((32, 16, 8, 1),), ((16, 16, 8, 1),), ((16, 16, 8, 1),)),
 }
 BUSY = Seeds(((64, 32, 4, 2), (32, 32, 4, 2)), ((32, 32, 4, 2), (32, 16, 4, 2)), ((16, 32, 4, 2), (16, 16, 4, 2)))
@@ -127,18 +127,35 @@ def _busy(problem: Problem) -> bool:
 
 def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
     if problem.dtype == "float32":
-        return _single(size)
+        return _single(problem, group, size)
     best = HALF[group, size]
     if not _busy(problem) or size == "wide" or group == "rdna":
         return best
     return Seeds(BUSY.forward + best.forward, BUSY.dq + best.dq, BUSY.dkv + best.dkv)
 
 
-def _single(size: Width) -> Seeds:
+def _single(problem: Problem, group: Family, size: Width) -> Seeds:
     """Float32 tiles: a product in three TF32 parts holds three times the operands, so tiles stay small."""
     if size == "narrow":
         return Seeds(((32, 32, 4, 2), (16, 32, 4, 2)), ((32, 16, 8, 1),), ((16, 32, 8, 1),))
+    if group == "cdna" and size != "medium":
+        return Seeds(((16, 16, 4, 2),), ((16, 16, 4, 1),), ((16, 16, 4, 1),))
+    if exact_products(problem, group, size):
+        forward = (32, 32, 8, 1) if size == "medium" else (16, 16, 8, 1)
+        return Seeds((forward,), ((32, 16, 8, 1),), ((16, 16, 8, 1),))
     return Seeds(((32, 32, 8, 2), (16, 16, 4, 2)), ((16, 16, 8, 1),), ((16, 16, 8, 1),))
+
+
+def exact_products(problem: Problem, group: Family, size: Width) -> bool:
+    """Do float32 seeds multiply outside the matrix unit? Where the three TF32 parts spill at the smallest tiles."""
+    if problem.dtype != "float32" or group not in ("ampere", "ada", "hopper", "blackwell"):
+        return False
+    return size in ("wide", "latent") or (size == "medium" and problem.needs_grad)
+
+
+def seed_precision(problem: Problem, hardware: Hardware) -> str | None:
+    """The precision that float32 seeds are meant with; None for the first that is offered."""
+    return "ieee" if exact_products(problem, family(hardware), width(problem)) else None
 
 
 def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) -> tuple[TileTuple, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace
 
-from .flash_seeds import TileTuple, backward_tiles, forward_tiles, product_precisions
+from .flash_seeds import TileTuple, backward_tiles, forward_tiles, product_precisions, seed_precision
 from .launch import head_blocks, next_power_of_two
 from .plan import ConfigValue, Tile
 
@@ -161,6 +161,9 @@ def flash_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             for n in range(count)
         ]
     choices |= _extra_choices(problem, hardware)
+    precision = seed_precision(problem, hardware)
+    if precision is not None:
+        seeds = [seed | {"precision": precision} for seed in seeds]
     return _space(choices, constraints, _seeds(seeds, choices))
 
 

@@ -158,7 +158,11 @@ def kernel_seconds(name: str, problem: Problem, plan: Plan, hardware: Hardware, 
         flying = blocks * max(tile.stages - 1, 0.5) * wide * row * min(programs, hardware.cores)
         memory = problem.bytes / hardware.bandwidth
         memory *= max(1.0, hardware.bandwidth * MEMORY_LATENCY / flying)
-    merge = 2e-6 * (splits > 1) + LAYOUT * (listed and kernel == "forward")
+    merge = LAYOUT * (listed and kernel == "forward")
+    if splits > 1:
+        # A launch, and float32 results of each split written and read again.
+        partial = 8.0 * splits * problem.batch * problem.q_heads * problem.sq * (problem.head_dim_v + 1)
+        merge += 2e-6 + partial / (hardware.bandwidth or 1e12)
     # The shorter of the two hides behind the longer, but for its ends.
     return max(compute, memory) + 0.1 * min(compute, memory) + merge
 
