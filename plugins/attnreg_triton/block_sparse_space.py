@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnreg import Hardware, Problem, SearchSpace
 
-from .flash_seeds import TileTuple, Width, product_precisions, width
+from .flash_seeds import Family, Width, exact_products, family, product_precisions, width
 from .flash_space import REGISTERS, accumulator_registers, shared_bytes
 from .launch import next_power_of_two
 from .plan import ConfigValue, Tile
 
 Config = Mapping[str, ConfigValue]
 KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
-HALF: dict[Width, tuple[TileTuple, ...]] = {
-    "narrow": ((64, 64, 4, 2), (128, 64, 8, 2)),
-    "medium": ((64, 64, 4, 2), (64, 32, 4, 2)),
-    "wide": ((64, 32, 8, 2), (32, 32, 4, 2)),
-    "latent": ((16, 16, 4, 1),),
+
+
+class Seed(NamedTuple):
+    """Block sizes of the layout, and (warps, stages) of the three kernels."""
+
+    m: int
+    n: int
+    forward: tuple[int, int]
+    dq: tuple[int, int]
+    dkv: tuple[int, int]
+
+
+def _alike(m: int, n: int, warps: int, stages: int) -> Seed:
+    return Seed(m, n, (warps, stages), (warps, stages), (warps, stages))
+
+
+SMALLEST = _alike(16, 16, 4, 1)
+FORWARD: dict[Width, tuple[Seed, ...]] = {
+    "narrow": (_alike(64, 64, 4, 2), _alike(128, 64, 8, 2)),
+    "medium": (_alike(64, 64, 4, 2), _alike(64, 32, 4, 2)),
+    "wide": (_alike(64, 32, 8, 2), _alike(32, 32, 4, 2)),
+    "latent": (SMALLEST,),
 }
-"""(block_m, block_n, warps, stages) of half-precision problems, best guess first."""
-SINGLE: tuple[TileTuple, ...] = ((32, 32, 4, 2), (16, 16, 4, 1))
-SMALLEST: TileTuple = (16, 16, 4, 1)
+"""Half precision without gradients, best guess first."""
+TRAINING: dict[tuple[Family, Width], Seed] = {
+    ("ampere", "narrow"): _alike(64, 32, 4, 2),
+    ("ada", "narrow"): _alike(64, 64, 4, 2),
+    ("hopper", "narrow"): _alike(64, 64, 4, 2),
+    ("blackwell", "narrow"): _alike(64, 64, 8, 2),
+    ("cdna", "narrow"): Seed(64, 64, (4, 2), (4, 2), (4, 1)),
+    ("ampere", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
+    ("ada", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
+    ("hopper", "medium"): _alike(64, 32, 4, 2),
+    ("blackwell", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
+    ("cdna", "medium"): Seed(32, 32, (4, 2), (4, 2), (4, 1)),
+    ("ampere", "wide"): _alike(32, 32, 8, 2),
+    ("ada", "wide"): _alike(32, 32, 8, 2),
+    ("hopper", "wide"): _alike(32, 32, 8, 2),
+    ("blackwell", "wide"): _alike(32, 32, 8, 2),
+}
+"""Half precision with gradients: the largest blocks whose three kernels cross-compiled without a spilled register."""
 
 
-def seed_tiles(problem: Problem, hardware: Hardware) -> tuple[TileTuple, ...]:
-    """Tiles to try first, the smallest last: it stands in where nothing else fits."""
-    found = SINGLE if problem.dtype == "float32" else HALF[width(problem)]
-    return (*found, SMALLEST)
+def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
+    """Blocks to try first; the smallest where nothing else is known."""
+    group, size = family(hardware), width(problem)
+    if problem.dtype == "float32":
+        found: tuple[Seed, ...] = () if group == "cdna" else (_alike(16, 16, 8, 1 if problem.needs_grad else 2),)
+    elif group == "cpu":
+        found = (_alike(64, 64, 4, 2), _alike(32, 32, 4, 2))  # the interpreter pays by the operation
+    elif problem.needs_grad:
+        found = (TRAINING[group, size],) if (group, size) in TRAINING else ()
+    else:
+        found = FORWARD[size][1:] if (group, size) == ("blackwell", "narrow") else FORWARD[size]
+    return found or (SMALLEST,)
 
 
 def read_tile(config: Config, kernel: str) -> Tile:
@@ -62,14 +102,15 @@ def space(problem: Problem, hardware: Hardware) -> SearchSpace:
         choices["waves_per_eu"] = (0, 1, 2, 3)
     constraints = [rule for kernel in kernels for rule in _constraints(kernel, problem, hardware)]
     seeds: list[dict[str, ConfigValue]] = []
-    for m, n, warps, stages in seed_tiles(problem, hardware):
+    for blocks in seed_blocks(problem, hardware):
         seed: dict[str, ConfigValue] = {name: values[0] for name, values in choices.items()}
-        seed["block_m"] = max(x for x in (16, 32, 64, 128) if x in choices["block_m"] and x <= m)
-        seed["block_n"] = max(x for x in (16, 32, 64, 128) if x in choices["block_n"] and x <= n)
+        seed["block_m"] = max(x for x in (16, 32, 64, 128) if x in choices["block_m"] and x <= blocks.m)
+        seed["block_n"] = max(x for x in (16, 32, 64, 128) if x in choices["block_n"] and x <= blocks.n)
         for kernel in kernels:
-            # The backward kernels hold two accumulators and two score tiles: twice the warps at the same block.
-            wide = 8 if kernel != "forward" and m * n >= 4096 and problem.head_dim > 64 else warps
-            seed |= {KERNELS[kernel] + "num_warps": wide, KERNELS[kernel] + "num_stages": stages}
+            warps, stages = getattr(blocks, kernel)
+            seed |= {KERNELS[kernel] + "num_warps": warps, KERNELS[kernel] + "num_stages": stages}
+        if exact_products(problem, family(hardware), width(problem)):
+            seed["precision"] = "ieee"
         if seed not in seeds and len(seeds) < 2 and all(holds(seed) for _, holds in constraints):
             seeds.append(seed)
     if not seeds:

@@ -86,6 +86,13 @@ HALF: dict[tuple[Family, Width], Seeds] = {
 }
 BUSY = Seeds(((64, 32, 4, 2), (32, 32, 4, 2)), ((32, 32, 4, 2), (32, 16, 4, 2)), ((16, 32, 4, 2), (16, 16, 4, 2)))
 """Bias, ALiBi, documents and dropout hold tiles of their own in registers: smaller products go beside them."""
+EIGHT: dict[Width, tuple[TileTuple, ...]] = {
+    "narrow": ((128, 64, 8, 2), (64, 64, 4, 2)),
+    "medium": ((64, 64, 8, 2), (128, 32, 8, 2)),
+    "wide": ((64, 32, 8, 1), (32, 32, 8, 2)),
+    "latent": ((32, 32, 8, 2),),
+}
+"""8-bit products on NVIDIA parts hold factors beside the accumulators: smaller tiles than in half precision."""
 DECODE: dict[Width, tuple[TileTuple, ...]] = {
     "narrow": ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2)),
     "medium": ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3)),
@@ -128,6 +135,8 @@ def _busy(problem: Problem) -> bool:
 def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
     if problem.dtype == "float32":
         return _single(problem, group, size)
+    if problem.spec.dtype.compute.startswith("float8") and group not in ("cdna", "rdna"):
+        return HALF[group, size]._replace(forward=EIGHT[size])
     best = HALF[group, size]
     if not _busy(problem) or size == "wide" or group == "rdna":
         return best
