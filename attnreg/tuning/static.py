@@ -29,7 +29,7 @@ STARTS = 8
 LEVEL = 1.1
 """Modelled times within this factor of the least are level: no static model tells them apart. Among them the written
 order of backends decides, then a backend's own seeds in their order, then the time."""
-FAR = 1.5
+FAR = 3.0
 """Seeds that are foreseen to take this many times as long as the best of all are not compiled."""
 
 
