@@ -42,7 +42,7 @@ TRAINING: dict[tuple[Family, Width], Seed] = {
     ("ampere", "narrow"): _alike(64, 32, 4, 2),
     ("ada", "narrow"): _alike(64, 64, 4, 2),
     ("hopper", "narrow"): _alike(64, 64, 4, 2),
-    ("blackwell", "narrow"): _alike(64, 64, 8, 2),
+    ("blackwell", "narrow"): _alike(64, 64, 8, 1),
     ("cdna", "narrow"): Seed(64, 64, (4, 2), (4, 2), (4, 1)),
     ("ampere", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
     ("ada", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
@@ -61,7 +61,8 @@ def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
     """Blocks to try first; the smallest where nothing else is known."""
     group, size = family(hardware), width(problem)
     if problem.dtype == "float32":
-        found: tuple[Seed, ...] = () if group == "cdna" else (_alike(16, 16, 8, 1 if problem.needs_grad else 2),)
+        small = group == "cdna" or (group == "ampere" and problem.needs_grad)
+        found: tuple[Seed, ...] = () if small else (_alike(16, 16, 8, 1 if problem.needs_grad else 2),)
     elif group == "cpu":
         found = (_alike(64, 64, 4, 2), _alike(32, 32, 4, 2))  # the interpreter pays by the operation
     elif problem.needs_grad:
