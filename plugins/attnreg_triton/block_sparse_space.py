@@ -67,6 +67,8 @@ def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
         found = (_alike(64, 64, 4, 2), _alike(32, 32, 4, 2))  # the interpreter pays by the operation
     elif problem.needs_grad:
         found = (TRAINING[group, size],) if (group, size) in TRAINING else ()
+    elif group == "rdna":
+        found = (_alike(128, 64, 8, 1), _alike(64, 32, 8, 1)) if size == "narrow" else (_alike(16, 16, 8, 1),)
     else:
         found = FORWARD[size][1:] if (group, size) == ("blackwell", "narrow") else FORWARD[size]
     return found or (SMALLEST,)

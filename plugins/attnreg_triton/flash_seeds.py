@@ -145,6 +145,8 @@ def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
 
 def _single(problem: Problem, group: Family, size: Width) -> Seeds:
     """Float32 tiles: a product in three TF32 parts holds three times the operands, so tiles stay small."""
+    if group == "rdna":
+        return Seeds(((16, 16, 8, 1),), ((16, 16, 8, 1),), ((16, 16, 8, 1),))
     if size == "narrow":
         return Seeds(((32, 32, 4, 2), (16, 32, 4, 2)), ((32, 16, 8, 1),), ((16, 32, 8, 1),))
     if group == "cdna" and size != "medium":
@@ -179,7 +181,9 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
         # The interpreter pays by the operation, not by the element.
         return ((64, 64, 4, 2), (32, 128, 4, 2))
     if decode and problem.dtype != "float32":
-        stages = 1 if group == "rdna" else 2 if group == "cdna" else 4
+        if group == "rdna" and size != "latent":
+            return ((16, 16, 8, 1), (16, 16, 4, 1)) if size != "wide" else ((16, 16, 8, 1),)
+        stages = 2 if group == "cdna" else 4
         if size == "latent" and group in ("cdna", "rdna"):
             return ((16, 16, 4, 2),)
         return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in DECODE[size])
