@@ -66,9 +66,14 @@ def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> li
         return [Launch(forward_kernel, grid, arguments, constant, options(plan.forward))]
     partial = out.new_empty((plan.splits, *lse.shape, size.value_dim), dtype=torch.float32)
     partial_lse = out.new_empty((plan.splits, *lse.shape), dtype=torch.float32)
-    first, first_lse = partial[0], row_values(partial_lse[0])
-    view = Strided(first, 0, first.stride(0), first.stride(1)) if packed else strided(first, "bhsd")
-    arguments |= {"out": view, "lse": first_lse, "splits": plan.splits}
+    # Strides of one split's rows; the kernel steps from split to split itself.
+    batch, (head, row) = (0 if packed else partial.stride(1)), partial.stride()[-3:-1]
+    lse_batch, (lse_head, lse_row) = (0 if packed else partial_lse.stride(1)), partial_lse.stride()[-2:]
+    arguments |= {
+        "out": Strided(partial, batch, head, row),
+        "lse": Strided(partial_lse, lse_batch, lse_head, lse_row),
+        "splits": plan.splits,
+    }
     split = Launch(forward_kernel, grid * plan.splits, arguments, constant | {"SPLITS": True}, options(plan.forward))
     merge = {
         "partial": partial,

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,3 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = "Triton was imported without TRITON_INTERPRET=1; run these alone: pytest tests/triton"
         for item in mine:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def kernels_stay_inside_their_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No interpreted kernel of any test here reads or writes outside the tensors of its launch."""
+    if not _interpreted():
+        yield
+        return
+    from memory_guard import guarded
+
+    with guarded():
+        yield

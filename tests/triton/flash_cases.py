@@ -25,8 +25,28 @@ def taken(backend: Backend, chosen: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(case for case in chosen if not backend.supports(case.problem, hardware))
 
 
+def in_float16(case: Case) -> Case:
+    """The case in float16, where k and v have q's dtype."""
+    problem = case.problem
+    if problem.kv_dtype != problem.dtype:
+        return case
+    name = case.name.replace("/bfloat16", "/float16")
+    return replace(case, name=name, problem=replace(problem, dtype="float16", kv_dtype="float16"))
+
+
+def core(chosen: Iterable[Case], *features: str) -> tuple[Case, ...]:
+    """The cases, those of `features` in half precision also under other configurations and sizes of their bucket."""
+    return tuple(
+        replace(case, tags=case.tags | {"core"})
+        if case.name.split("/")[0] in features and case.flavour == "normal" and case.problem.dtype != "float32"
+        else case
+        for case in chosen
+    )
+
+
 def quick(chosen: Iterable[Case]) -> tuple[Case, ...]:
-    """Each feature in bfloat16 and with one flavour that breaks weak kernels, and a few odd lengths and strides."""
+    """Each feature in half precision (bfloat16 and float16 in turn) and, in float32, with one flavour that breaks weak
+    kernels; and a few odd lengths and strides."""
     out, features = [], []
     for case in chosen:
         feature, what, dtype, *bare = case.name.split("/")
@@ -39,7 +59,7 @@ def quick(chosen: Iterable[Case]) -> tuple[Case, ...]:
         length = feature in ("causal", "thd_causal") and what.startswith(LENGTHS)
         values = feature in ("everything", "bias_full") and what.startswith(VALUES)
         if rotated or plain or length or values:
-            out.append(case)
+            out.append(in_float16(case) if plain and feature != "causal" and len(features) % 2 else case)
     return tuple(out)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flash_cases import inference, quick, taken, without_gradients
+from flash_cases import core, inference, quick, taken, without_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ TAKEN = taken(DECODE, [without_gradients(case) for case in cases() if inference(
 
 class TestTritonDecode(BackendConformance):
     backend = DECODE
-    cases = tuple(case for case in quick(TAKEN) if case.problem.sq <= 8)
+    cases = core((case for case in quick(TAKEN) if case.problem.sq <= 8), "few_queries", "paged_bhsd_decode")
     configurations = 2
 
 
