@@ -5,10 +5,11 @@ or e5m2 (57344). A kernel that follows these steps with the same `block_q` and `
 the order in which a matrix product adds its terms.
 
 1. Keys in use. A key that no row may attend counts as 0, so that no scale sees it.
-2. Rotation (`dtype.rotate`). q and k are padded with zeros to the next power of two D' and multiplied by the
-   Walsh-Hadamard matrix: butterflies (a + b, a - b) at strides 1, 2, 4, ..., then one product with float32(D'**-0.5).
-   It leaves q . k as it is and spreads outliers over all entries (QuaRot, arXiv:2404.00456; FlashAttention-3,
-   arXiv:2407.08608).
+2. Rotation (`dtype.rotate`). q and k are padded with zeros to the next power of two D', the signs of some columns are
+   turned (`flips`, the same for both), and the rows are multiplied by the Walsh-Hadamard matrix: butterflies
+   (a + b, a - b) at strides 1, 2, 4, ..., then one product with float32(D'**-0.5). It leaves q . k as it is and spreads
+   outliers over all entries (QuaRot, arXiv:2404.00456; FlashAttention-3, arXiv:2407.08608). Without the signs a row of
+   equal entries would become a single outlier.
 3. Scales. amax is the largest magnitude of a whole tensor ("tensor"), of one batch and KV head ("head"; q: of the
    query heads of that KV head), or of `block_q` rows of a query head and `block_kv` keys of a KV head ("block").
    inverse = largest / amax and descale = amax / largest; both 1 where amax is 0. Tensors that come as fp8 keep the
@@ -83,10 +84,18 @@ class Descale:
         return masks.take(self.value, b, at.kv_head if self.by_kv else at.h, index // self.block)
 
 
+def flips(size: int, device: torch.device) -> Tensor:
+    """Bool [size]: the columns whose sign the rotation turns, one bit of a 32-bit hash of their index."""
+    mixed = torch.arange(1, size + 1, dtype=torch.int64, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
+    return ((mixed ^ (mixed >> 13)) & 1) != 0
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Step 2: x [..., D] float32 -> [..., D'], D' the next power of two."""
     size = 1 << (x.shape[-1] - 1).bit_length()
     x = torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+    x = torch.where(flips(size, x.device), -x, x)
     stride = 1
     while stride < size:
         a, b = x.reshape(*x.shape[:-1], size // (2 * stride), 2, stride).unbind(-2)

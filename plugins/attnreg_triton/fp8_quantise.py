@@ -25,8 +25,16 @@ def load_rows(x, used, batch, head, row, count, norm, D: tl.constexpr, WIDTH: tl
     pointers = base + row.to(tl.int64)[:, None] * x.row + columns[None, :]
     value = tl.load(pointers, mask=valid[:, None] & (columns[None, :] < D), other=0.0).to(tl.float32)
     if ROTATE:
-        value = rotate(value, WIDTH) * norm
+        value = rotate(tl.where(flips(columns)[None, :], -value, value), WIDTH) * norm
     return value
+
+
+@triton.jit
+def flips(columns):
+    """True where the rotation turns a column's sign: one bit of a hash of its index."""
+    mixed = (columns + 1).to(tl.uint32) * 0x9E3779B1
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
+    return ((mixed ^ (mixed >> 13)) & 1) != 0
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import head_products, load_matrix, multiply, narrow, product
+from .tile import head_products, load_matrix, narrow, product
 
 
 @triton.jit
@@ -69,6 +69,10 @@ def add_stored_values(
         factor = key_scale(descales.v, sequence, kv_head, start)
         accumulator += share * (factor / descales.weights)
     else:
-        weights = weights * key_scale(descales.v, sequence, kv_head, keys)[None, :]
-        accumulator = multiply(narrow(weights, dtype), v.to(dtype), accumulator, PRECISION)
+        # Descales are small, and weights times them would be denormal in float16: round relative to the largest one.
+        factor = key_scale(descales.v, sequence, kv_head, keys)
+        largest = tl.max(tl.abs(factor), 0)
+        largest = tl.where(largest == 0.0, 1.0, largest)
+        share = product(narrow(weights * (factor / largest)[None, :], dtype), v.to(dtype), PRECISION)
+        accumulator += share * largest
     return accumulator
