@@ -41,8 +41,10 @@ INSTRUCTIONS = 150.0
 """Instructions of a warp at each visit that do not grow with the tile: addresses, copies, barriers, loop."""
 SHARED_BYTES = 128.0
 """Bytes of shared memory that a multiprocessor moves a cycle."""
-L2_BYTES = 48.0
-"""Bytes that a multiprocessor reads from the L2 cache a cycle."""
+L2_BYTES = 32.0
+"""Bytes that a multiprocessor reads from the L2 cache a cycle while all others do: about 5 TB/s on an A100 or H100."""
+FULL = 4.0
+"""Tiles in flight that fill the four schedulers of a multiprocessor; more hide nothing more."""
 LATENCY = 700.0
 """Cycles until a load from the L2 cache or beyond arrives; what the pipeline's stages must cover."""
 STEPS = 400.0
@@ -112,11 +114,12 @@ def visit_cycles(kernel: str, problem: Problem, tile: Tile, now: Machine, blocks
     vector = scores * (1.0 / now.exponentials + SOFTMAX_OPS[kernel] / now.vector)
     vector += INSTRUCTIONS * tile.warps * 32 / now.vector
     reads = max(1.0, held / now.rows if now.rows > 16 else held / (16.0 * max(1, held // covered)))
-    shared = reads * streamed * columns * width / SHARED_BYTES
+    # Operands are read for each group of rows, after they were once copied in.
+    shared = (reads * columns + head + value) * streamed * width / SHARED_BYTES
     cache = streamed * (head + value) * width / L2_BYTES
     pipes = (matrix, vector, shared, cache)
     longest = max(pipes)
-    flying = blocks * math.sqrt(max(1.0, min(tile.warps, 8) / 4))
+    flying = min(blocks * math.sqrt(max(1.0, min(tile.warps, 8) / 4)), FULL)
     shares = (REDUCE if covered > held else 0.0) + (LISTED if listed else 0.0)
     hidden = (max(tile.stages, 1) - 1) * blocks * longest
     stall = max(0.0, LATENCY - hidden) / blocks
