@@ -27,9 +27,9 @@ ENUMERATE = 4000
 STARTS = 8
 """Random points, besides the default and the seeds, that climbing starts from."""
 LEVEL = 1.2
-"""Modelled times within this factor of the least are level: what others measured to be fastest stands up to 17% above the
-least (`attnreg targets --published`), so less says nothing. Among them the written order of backends decides, then a
-backend's own seeds in their order, then the time."""
+"""Modelled times within this factor of the least are level: what others measured to be fastest stands up to 17% above
+the least (`attnreg targets --published`), so less says nothing. Among them the written order of backends decides, then
+a backend's own seeds in their order, then the time."""
 FAR = 2.0
 """Seeds that are foreseen to take this many times as long as the best of all are not compiled."""
 
