@@ -127,3 +127,51 @@ def test_the_command_line(compiler: Compiler) -> None:
     made = run.invoke(app, [*command, "--static", "--json", "--jobs", "0"])
     assert made.exit_code == 0
     assert json.loads(made.stdout)["choice"] == "compiler(block=128, stages=1)"
+
+
+class Foreseeing(Compiler):
+    """Foresees times from tiles; every configuration of 3 stages spills, and says which choice that lies in."""
+
+    name = "foreseeing"
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        blocks, stages = tuple(range(1, 101)), (1, 2, 3)
+        return SearchSpace({"block": blocks, "stages": stages}, default={"block": 50, "stages": 1})
+
+    def foresee(self, problem: Problem, config: Any, target: str) -> float:
+        return (200.0 - config["block"]) / config["stages"]
+
+    def cross_compile(self, problem: Problem, config: Any, target: str) -> StaticReport:
+        self.compiled.append(dict(config))
+        if config["stages"] == 3:
+            return StaticReport(target, spills=8, refused="spills", culprit={"stages": 3})
+        return StaticReport(target, registers=9, seconds=self.foresee(problem, config, target) * 1e-6)
+
+
+def test_the_best_foreseen_are_compiled_and_a_culprit_is_not_met_twice(own_store: Store) -> None:
+    made = Foreseeing()
+    now = registry.current()
+    entries = {**now.entries, "foreseeing": registry.Entry(made, "test", "test 1.0")}
+    with registry.using(registry.Registry(entries, now.plugins)):
+        result = tune_static(PROBLEM, "sm_90", backends=("foreseeing",), limit=4)
+    assert result.foreseen == 300
+    assert made.compiled[:2] == [{"block": 100, "stages": 3}, {"block": 100, "stages": 2}]
+    assert [c["stages"] for c in made.compiled] == [3, 2, 2, 2, 2]
+    assert result.record is not None
+    assert result.record.config == {"block": 100, "stages": 2}
+    assert result.record.refused == (("foreseeing", 1, "spills"),)
+
+
+def test_among_level_times_a_seed_wins(own_store: Store) -> None:
+    """The default, foreseen at 130, is within a fifth of the best at 120."""
+    made = Foreseeing()
+    made.space = lambda problem, hardware: SearchSpace(  # type: ignore[method-assign]  # another space
+        {"block": tuple(range(1, 81)), "stages": (1,)}, default={"block": 70, "stages": 1}
+    )
+    now = registry.current()
+    entries = {**now.entries, "foreseeing": registry.Entry(made, "test", "test 1.0")}
+    with registry.using(registry.Registry(entries, now.plugins)):
+        result = tune_static(PROBLEM, "sm_90", backends=("foreseeing",), limit=4, keep=False)
+    assert result.record is not None
+    assert result.record.config == {"block": 70, "stages": 1}
+    assert [c["block"] for c in made.compiled] == [70, 80, 79, 78]
