@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnreg
 from attnreg import AttentionSpec, Precision, masks, scores
+from attnreg_eager.fp8 import hadamard
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TILE = {"block_q": 16, "block_kv": 32}
@@ -26,6 +27,13 @@ def spec_of(scaling: str, compute: str = "float8_e4m3fn", rotate: bool = False, 
     return AttentionSpec(dtype=Precision(compute=compute, scaling=scaling, rotate=rotate), **more)
 
 
+def sign(column: int) -> float:
+    """The rotation's sign of a column, in Python's integers."""
+    mixed = (column + 1) * 0x9E3779B1 % 2**32
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA77 % 2**32
+    return -1.0 if (mixed ^ mixed >> 13) & 1 else 1.0
+
+
 def by_hand(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of one head, a row and a key block at a time, in the order of the docstring."""
     dtype = getattr(torch, spec.dtype.compute)
@@ -35,6 +43,7 @@ def by_hand(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
         h = torch.ones(1, 1)
         while h.shape[0] < q.shape[-1]:
             h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        h = torch.tensor([sign(column) for column in range(h.shape[0])])[:, None] * h
         wide = [torch.nn.functional.pad(x, (0, h.shape[0] - x.shape[-1])) for x in (q, k)]
         # The same sums in float64: butterflies in float32 differ from them by rounding alone.
         q, k = ((x.double() @ h.double() * h.shape[0] ** -0.5).float() for x in wide)
@@ -168,3 +177,10 @@ def test_refusals_name_the_cause() -> None:
         named = {"score_weight": torch.randn(1, 16)} if "score_weight" in spec.tensors() else {}
         with pytest.raises(attnreg.errors.UnsupportedError, match=word):
             run(spec, q, q, q, **named)
+
+
+def test_equal_entries_do_not_become_an_outlier() -> None:
+    """A row of equal entries is the worst of a Hadamard matrix without signs: it all lands in one entry."""
+    turned = hadamard(torch.ones(1, 128))
+    assert turned.square().sum().isclose(torch.tensor(128.0))
+    assert turned.abs().max() < 4.0  # 128 ** 0.5 = 11.3 without signs
