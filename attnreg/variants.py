@@ -151,7 +151,7 @@ def _problem(variant: Variant, grad: bool) -> Problem:
 def markdown(cpu: Hardware, gpu: Hardware | None) -> str:
     """The README's table: a row a variant; backends of the CPU, and of a GPU target that need not be here."""
     lines = [
-        "| variant | spec | CPU | GPU |" if gpu else "| variant | spec | CPU |",
+        f"| variant | spec | CPU | GPU ({gpu.arch}) |" if gpu else "| variant | spec | CPU |",
         "|---|---|---|---|" if gpu else "|---|---|---|",
     ]
     for variant in VARIANTS:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from attnreg.cli import app, console
 from attnreg.hardware import detect
+from attnreg.targets import target
 from attnreg.variants import VARIANTS, markdown, runners
 
 
@@ -21,7 +22,7 @@ def variants(
     """List every variant, the spec that says it, and the backends that run it forward and with gradients."""
     hardware = detect(device)
     if as_markdown:
-        typer.echo(markdown(hardware, None))
+        typer.echo(markdown(hardware, target("sm_90")))
         return
     table = Table("variant", "spec", "backends", "with gradients", box=None, pad_edge=False)
     for variant in VARIANTS:

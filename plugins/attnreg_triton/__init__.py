@@ -12,11 +12,11 @@ __all__ = ["attnreg_backends", "attnreg_doctor"]
 @hookimpl
 def attnreg_backends() -> list[Backend]:
     """Called once by attnreg; Triton loads when a problem on a capable device needs a kernel."""
+    from .block_sparse import TritonBlockSparse
     from .flash import TritonDecode, TritonFlash
     from .fp8 import TritonFp8
 
-    # block_sparse.TritonBlockSparse is held back: a run of its tests in the interpreter read out of bounds.
-    return [TritonFlash(), TritonDecode(), TritonFp8()]
+    return [TritonFlash(), TritonDecode(), TritonBlockSparse(), TritonFp8()]
 
 
 @hookimpl

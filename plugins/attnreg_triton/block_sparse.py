@@ -170,7 +170,11 @@ def backward(
         dkv = (new(inputs.k, memory_format=dense), new(inputs.v, memory_format=dense))
     dscores, bias = None, inputs.bias
     if wanted[3] and bias is not None:
-        shape = (size.batches, size.heads, *(max(bias.shape[n], x) for n, x in ((2, call.layout.sq), (3, size.kv_len))))
+        shape = (
+            size.batches,
+            size.heads,
+            *(max(bias.shape[n], x) for n, x in ((2, call.layout.sq), (3, call.layout.skv))),
+        )
         dscores = bias.new_zeros(shape, dtype=torch.float32)
     delta = torch.zeros_like(lse)
     gradients = (dq, dkv, dscores)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_cases import quick, taken, without_gradients
+from flash_cases import core, quick, taken, without_gradients
 
 from attnreg import AttentionSpec, Problem, TensorInfo, masks, scores, sparsity
 from attnreg.hardware import detect
@@ -14,9 +14,6 @@ from attnreg.testing import BackendConformance, cases, make_inputs
 from attnreg.testing.candidate import check_candidate
 from attnreg.testing.dropout import check_dropout
 from attnreg_triton.block_sparse import TritonBlockSparse
-
-# The backend is held back until an out-of-bounds read in the interpreter is understood; it ends the whole process.
-pytestmark = pytest.mark.slow
 
 HARDWARE = detect("cpu")
 SPARSE = TritonBlockSparse()
@@ -52,13 +49,15 @@ def judge(asked: Problem, **config: int) -> None:
 
 class TestTritonBlockSparse(BackendConformance):
     backend = SPARSE
-    cases = tuple(case for case in quick(TAKEN) if case.name.split("/")[0] in OWN)
+    cases = core((case for case in quick(TAKEN) if case.name.split("/")[0] in OWN), "composed", "bigbird")
     configurations = 1
 
 
 class TestTritonBlockSparsePaged(BackendConformance):
     backend = SPARSE
-    cases = tuple(case for case in quick(taken(SPARSE, PAGED)) if "union" in case.name or "lengths" in case.name)
+    cases = core(
+        (case for case in quick(taken(SPARSE, PAGED)) if "union" in case.name or "lengths" in case.name), "paged_union"
+    )
     configurations = 1
 
 
@@ -82,7 +81,8 @@ def test_every_block_size(tile: tuple[int, int]) -> None:
         sparsity=sparsity.BigBird(8, random_blocks=2, seed=5),
         return_lse=True,
     )
-    judge(problem(spec, sq=70, skv=90, grads=frozenset("qkv")), block_m=tile[0], block_n=tile[1])
+    sizes = {"batch": 1, "q_heads": 2, "kv_heads": 1, "sq": 70, "skv": 90}
+    judge(problem(spec, **sizes, grads=frozenset("qkv")), block_m=tile[0], block_n=tile[1])
 
 
 @pytest.mark.parametrize("dims", [(0, 0, 0, 0), (1, 0, 1, 0), (0, 1, 0, 0), (1, 1, 1, 1), (0, 0)])
@@ -117,6 +117,25 @@ def test_a_full_block_is_bounded_by_what_exists() -> None:
     judge(problem(AttentionSpec(page_size=16, return_lse=True), **paged), block_m=16, block_n=32)
     packed = {"batch": 3, "total_q": 70, "total_k": 90}
     judge(problem(AttentionSpec(layout="thd", return_lse=True), **packed, grads=frozenset("qkv")), block_m=32)
+
+
+def test_bias_gradient_of_packed_sequences() -> None:
+    """The bias spans the longest sequence's keys, not all the packed ones."""
+    spec = AttentionSpec(layout="thd", bias=True, mask=masks.Chunked(24))
+    tensors = (TensorInfo("bias", "float32", (1, 1, 0)),)
+    packed = {"batch": 2, "sq": 40, "skv": 33, "total_q": 50, "total_k": 41, "tensors": tensors}
+    judge(problem(spec, **packed, grads=frozenset({"q", "bias"})), block_m=32, block_n=32)
+
+
+def test_padding_beside_used_pages_places_the_queries() -> None:
+    """Bottom right counts from the shorter of kv_lengths and seqused_k, in the layout as in ALiBi."""
+    spec = AttentionSpec(mask=masks.Padding() & ~masks.Dilated(5, 3), alibi=True, page_size=16, return_lse=True)
+    asked = problem(spec, batch=3, sq=9, skv=48, tensors=(TensorInfo("seqused_k", "int32", (0,)),))
+    inputs = make_inputs(asked)
+    inputs.tensors["seqused_k"].copy_(torch.tensor([20, 40, 9]))
+    inputs.tensors["kv_lengths"].copy_(torch.tensor([48, 30, 9]))
+    result = check_candidate(SPARSE.prepare(asked, SPARSE.space(asked, HARDWARE).default), inputs)
+    assert result.ok, result.reason
 
 
 def test_one_gradient_alone() -> None:
