@@ -87,7 +87,7 @@ def tune_static(
         reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in unsupported.items())
         raise TuneError(f"no backend compiles {problem} for {target}: {reasons}")
     queue, known, foreseen = _queue(able, problem, hardware, limit, seed)
-    work = _Work(problem, target, queue, limit, on_progress)
+    work = _Work(problem, target, queue, limit, on_progress, last=list(known), most=4 * limit)
     (compilers or Compilers()).run(work.following, work.done)
     looked = _ranked(work.looked, known)
     record = _record(problem, hardware, able, looked, work.refused) if looked else None
@@ -109,17 +109,22 @@ class _Work:
     refused: list[tuple[Candidate, str]] = field(default_factory=list)
     culprits: list[tuple[str, dict[str, Value]]] = field(default_factory=list)
     at_work: int = 0
+    last: list[Candidate] = field(default_factory=list)
+    most: int = 0
 
     def following(self) -> Job | None:
         """The next configuration that no refusal speaks against; None while those at work may be enough."""
-        while self.queue and len(self.looked) + self.at_work < self.limit:
-            if len(self.looked) + len(self.refused) + self.at_work >= 4 * self.limit:
+        while True:
+            tried = len(self.looked) + len(self.refused) + self.at_work
+            while self.queue and tried < self.most and len(self.looked) + self.at_work < self.limit:
+                candidate = self.queue.pop(0)
+                if not any(name == candidate.backend and _within(part, candidate) for name, part in self.culprits):
+                    self.at_work += 1
+                    return Job(self.problem, candidate, self.target)
+            if self.looked or self.at_work or not self.last:
                 return None
-            candidate = self.queue.pop(0)
-            if not any(name == candidate.backend and _within(part, candidate) for name, part in self.culprits):
-                self.at_work += 1
-                return Job(self.problem, candidate, self.target)
-        return None
+            # Nothing that looked good fits: the rest of what backends know to be sound.
+            self.queue, self.last, self.most = self.last, [], tried + len(self.last)
 
     def done(self, job: Job, report: StaticReport) -> None:
         """Take note of a result."""
