@@ -104,7 +104,9 @@ def show(console: Console, *, length: int = 1024, kernel: bool = True) -> list[R
         Row(name, {EMULATION: emulated[name], KERNEL: found[name] if isinstance(found, dict) else None})
         for name, _, _ in CASES
     ]
-    table = Table(title=f"FP8 (e4m3) RMSE against float64, outlier test, S={length}, D=128", box=None, pad_edge=False)
+    table = Table(
+        title=f"FP8 (e4m3) RMSE against float64, outlier test, B=1 H=2 S={length} D=128", box=None, pad_edge=False
+    )
     for heading in ("scales", "emulation", "kernel, interpreted", "published"):
         table.add_column(heading, justify="left" if heading == "scales" else "right")
     for row in rows:
@@ -114,7 +116,7 @@ def show(console: Console, *, length: int = 1024, kernel: bool = True) -> list[R
     console.print(table)
     if isinstance(found, str):
         console.print(f"The kernel did not run: {found}")
-    console.print("Published: FlashAttention-3 (arXiv:2407.08608), on an H100, at lengths of its own.")
+    console.print("Published: FlashAttention-3 (arXiv:2407.08608), on an H100; the paper names no shape for it.")
     return rows
 
 
