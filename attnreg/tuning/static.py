@@ -152,7 +152,9 @@ def _queue(
     plain: list[Candidate] = []
     times: dict[Candidate, float] = {}
     seeds: list[Candidate] = []
-    for name, backend in able.items():
+    order = {name: n for n, name in enumerate(WRITTEN_ORDER)}
+    for name in sorted(able, key=lambda n: order.get(n, len(order))):  # a small budget goes to the first of the order
+        backend = able[name]
         space = backend.space(problem, hardware)
         if getattr(backend, "foresee", None) is None:
             plain += [Candidate(name, config) for config in _configs(space, limit, seed)]
