@@ -50,7 +50,7 @@ def judge(asked: Problem, **config: int) -> None:
 class TestTritonBlockSparse(BackendConformance):
     backend = SPARSE
     cases = core((case for case in quick(TAKEN) if case.name.split("/")[0] in OWN), "composed", "bigbird")
-    configurations = 1
+    configurations = 2
 
 
 class TestTritonBlockSparsePaged(BackendConformance):
@@ -58,7 +58,7 @@ class TestTritonBlockSparsePaged(BackendConformance):
     cases = core(
         (case for case in quick(taken(SPARSE, PAGED)) if "union" in case.name or "lengths" in case.name), "paged_union"
     )
-    configurations = 1
+    configurations = 2
 
 
 @pytest.mark.slow

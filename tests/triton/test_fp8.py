@@ -49,7 +49,7 @@ def in_turn(chosen: Sequence[Case]) -> tuple[Case, ...]:
 class TestTritonFp8(BackendConformance):
     backend = FP8
     cases = core(in_turn(TAKEN), "compute_float8_e4m3fn_rotated", "kv_decode")
-    configurations = 1
+    configurations = 2
 
 
 @pytest.mark.slow
