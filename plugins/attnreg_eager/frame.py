@@ -175,10 +175,10 @@ def _positions(
         return i + torch.zeros_like(b)
     if spec.align == "offset":
         kv_len, q_len = tensors["query_offset"].to(torch.int64)[b], 0
-    elif "kv_lengths" in tensors:
-        kv_len = tensors["kv_lengths"].to(torch.int64)[b]
-    elif "seqused_k" in tensors:
-        kv_len = tensors["seqused_k"].to(torch.int64)[b]
+    else:
+        for name in ("kv_lengths", "seqused_k"):  # keys that both leave
+            if name in tensors:
+                kv_len = tensors[name].to(torch.int64)[b].clamp(max=kv_len)
     shift: Tensor | int = kv_len - q_len
     return i + torch.zeros_like(b) + shift
 

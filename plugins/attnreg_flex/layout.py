@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
@@ -41,11 +42,10 @@ def shift(spec: AttentionSpec, tensors: Mapping[str, Any], sq: int, skv: int, de
     """Position of row 0 on the key time line, int64 [B], or [1] where it is the same in every batch."""
     if spec.align == "offset":
         return _long(tensors["query_offset"])
-    if spec.align == "bottom_right" and "kv_lengths" in spec.mask.tensors():
-        return _long(tensors["kv_lengths"]) - sq
-    if spec.align == "bottom_right" and tensors.get("seqused_k") is not None:
-        return _long(tensors["seqused_k"]) - sq
-    return torch.tensor([0 if spec.align == "top_left" else skv - sq], device=device)
+    if spec.align == "top_left":
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    lengths = [_long(x) for x in (tensors.get("kv_lengths"), tensors.get("seqused_k")) if x is not None]
+    return functools.reduce(torch.minimum, lengths, torch.tensor([skv], device=device)) - sq  # keys that all leave
 
 
 def _long(x: Tensor) -> Tensor:

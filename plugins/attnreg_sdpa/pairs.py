@@ -81,12 +81,11 @@ def _coords(spec: AttentionSpec, at: Place) -> masks.Coords:
         p = i
     elif spec.align == "offset":
         p = i + at.tensors["query_offset"].long()[b]
-    elif "kv_lengths" in spec.mask.tensors():
-        p = i + (at.tensors["kv_lengths"].long()[b] - at.sq)
-    elif at.tensors.get("seqused_k") is not None:
-        p = i + (at.tensors["seqused_k"].long()[b] - at.sq)
     else:
         p = i + (at.skv - at.sq)
+        for name in ("kv_lengths", "seqused_k"):  # keys that both leave
+            if at.tensors.get(name) is not None:
+                p = torch.minimum(p, i + (at.tensors[name].long()[b] - at.sq))
     return masks.Coords(b=b, h=h, i=i, p=p, j=j, tensors=at.tensors, packed=at.packed)
 
 
