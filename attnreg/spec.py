@@ -233,7 +233,8 @@ class AttentionSpec(_Frozen):
             if tensors.get(name) is None:
                 raise MissingTensorError(name, f"the picture of {self!r} needs it; pass {name}=")
         if self.align == "bottom_right":
-            given = [tensors[name] for name in ("kv_lengths", "seqused_k") if tensors.get(name) is not None]
+            said = {"kv_lengths"} & names | {"seqused_k"}
+            given = [tensors[name] for name in said if tensors.get(name) is not None]
             offset = min([skv, *(int(lengths[0]) for lengths in given)]) - sq
         else:
             offset = int(tensors["query_offset"][0]) if self.align == "offset" else 0

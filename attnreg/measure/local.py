@@ -12,14 +12,17 @@ from attnreg import registry
 from attnreg.errors import AttnregError
 from attnreg.hardware import Hardware, detect
 from attnreg.measure.candidates import About, Candidate, Opened, Plan, Refusal, Round, Verdict
-from attnreg.measure.memory import peak_over, settle
+from attnreg.measure.memory import in_use, peak_over, settle
 from attnreg.measure.probes import Probes
 from attnreg.measure.timing import Clock, Thunk, bind
 from attnreg.testing import check_backend, make_inputs
 
 __all__ = ["LocalBench"]
 
+LEAK_A_CALL = 1024
+"""Bytes a call that are a leak where allocators count exactly; objects that Python keeps in pools do not show there."""
 LEAK_BYTES = 1 << 20
+"""Growth of the process over some calls that is a leak: its pages move by less without one."""
 MAX_LEAK_CALLS = 2000
 
 
@@ -122,15 +125,22 @@ class LocalBench:
             raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
 
     def _leak(self, call: Thunk, seconds: float) -> int:
-        """Bytes that a call leaves behind, if it does so in each of three windows; else 0.
+        """Bytes that a call leaves behind, if it does so in each of several windows; else 0.
 
-        A cache or a pool grows in the first window and then stops; a leak goes on.
+        A cache or a pool grows in the first window and then stops; a leak goes on. Allocators tell to the byte, so
+        that few calls suffice however slow the machine is; what looks like a leak there is looked at again. Memory
+        that was mapped past the allocators shows in what the process holds, once it is much.
         """
         p = self.plan.problem
         rows = (p.total_q or p.batch * p.sq) * p.q_heads
         least = rows * p.head_dim_v * torch.empty(0, dtype=p.out_dtype).element_size() // 2
-        affordable = int(self.plan.leak_seconds / 3 / max(seconds, 1e-7))
+        affordable = int(self.plan.leak_seconds / 4 / max(seconds, 1e-7))
         count = max(1, min(affordable, MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3))
+        exact = self._growth(call, count, 3)
+        if exact >= LEAK_A_CALL * count:
+            exact = self._growth(call, max(count, 8), 5)
+            if exact >= LEAK_A_CALL * max(count, 8):
+                return exact // max(count, 8)
         held = settle(self.clock.device)
         growth = []
         for _ in range(3):
@@ -141,3 +151,19 @@ class LocalBench:
             held = now
         grew = min(growth)
         return grew // count if grew >= max(LEAK_BYTES, least * count // 2) else 0
+
+    def _growth(self, call: Thunk, count: int, windows: int) -> int:
+        """The least by which the memory that allocators handed out grew over `count` calls, in so many windows."""
+        growth = []
+        before = in_use(self.clock.device)
+        for _ in range(windows):
+            for _ in range(count):
+                call()
+            now = in_use(self.clock.device)
+            if now is None or before is None:
+                return 0
+            growth.append(now - before)
+            if growth[-1] < LEAK_A_CALL * count:
+                return 0
+            before = now
+        return min(growth)

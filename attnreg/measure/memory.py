@@ -1,9 +1,10 @@
-"""Memory of a process: what it holds now, its peak over a call, what the machine has free."""
+"""Memory of a process: what it holds now, what its allocators handed out, its peak over a call, what is free."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -11,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-__all__ = ["available", "peak_over", "resident", "settle"]
+__all__ = ["available", "in_use", "peak_over", "resident", "settle"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _libc: Any = None
@@ -65,6 +66,42 @@ def peak_over(call: Callable[[], object], device: str) -> int:
         call()
         return max(_high_water() - before, 0)
     return _sampled(call, before)
+
+
+class _HeapInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns; of these, bytes in blocks mapped apart and bytes in use of the heaps matter."""
+
+    _fields_ = [  # what ctypes asks for
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+@functools.cache
+def _heap_info() -> Callable[[], Any] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):  # no glibc, or one before 2.33
+        return None
+    function.restype = _HeapInfo
+    return cast("Callable[[], Any]", function)
+
+
+def in_use(device: str) -> int | None:
+    """Bytes that allocators have handed out and not got back, exactly; None where none tells."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return int(torch.cuda.memory_allocated())
+    ask = _heap_info()
+    if ask is None:
+        return None
+    now = ask()
+    return int(now.hblkhd + now.uordblks)
 
 
 def _reset_high_water() -> bool:

@@ -17,6 +17,8 @@ __all__ = ["Finish", "Lap", "race"]
 
 TIE = math.log(1.01)
 """Differences below one per cent are no difference: they do not survive a reboot."""
+LEVEL = math.log(1.005)
+"""Of candidates that tie, those estimated within half a per cent of the fastest may be preferred for their memory."""
 NOISY = 0.25
 """The share of disturbed samples from which on the machine counts as noisy."""
 BLOCK = 4
@@ -158,7 +160,7 @@ def _finish(
         c for c in state.running if c == lead or not _slower(interval(_pairs(state.laps, c.key, lead.key), confidence))
     ]
     # What too few rounds could not tell apart is named as a tie, but only what is really level is chosen by memory.
-    near = [c for c in level if c == lead or interval(_pairs(state.laps, c.key, lead.key), confidence)[1] <= TIE]
+    near = [c for c in level if c == lead or interval(_pairs(state.laps, c.key, lead.key), confidence)[1] <= LEVEL]
     winner = min(near, key=lambda c: (memory_class(memory.get(c.key, 0)), c.backend, c.key))
     others = [c for c in finalists if c != winner and c.key not in state.broke]
     ratios = {c.key: interval(_pairs(state.laps, c.key, winner.key), confidence) for c in others}

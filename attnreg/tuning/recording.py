@@ -20,6 +20,7 @@ from attnreg.problem import Problem
 from attnreg.records import software
 from attnreg.space import Config, SearchSpace
 from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.stats import interval, log_ratios
 
 __all__ = ["Recording", "record_space", "recordings"]
 
@@ -48,14 +49,11 @@ class Recording:
         return JointSpace({name: _recorded(name, choices, valid) for name, choices in self.spaces.items()})
 
     def truth(self) -> dict[str, float]:
-        """Time of each usable candidate by key. What slowed a whole round is taken out."""
+        """Time of each usable candidate by key: drift by rounds taken out, estimated as a race does."""
         usable = [(c.key, times) for c, times in self.points if times]
         speeds = [statistics.median(one) for one in zip(*(times for _, times in usable), strict=True)]
         scale = statistics.median(speeds)
-        return {
-            key: scale * statistics.median(t / speed for t, speed in zip(times, speeds, strict=True))
-            for key, times in usable
-        }
+        return {key: scale * math.exp(interval(log_ratios(times, speeds), 0.9)[1]) for key, times in usable}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

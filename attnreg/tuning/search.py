@@ -42,7 +42,7 @@ class Search:
 
     space: what to search. seeds: (candidate, why) to try first. limit: stop after so many candidates. enumerate_up_to:
     spaces no larger are looked at whole. patience: stop after so many sampled candidates in a row that did not pay,
-    once no neighbour of a backend's best is left; by default a sixteenth of the space, but 24 to 64.
+    once no neighbour of a backend's best is left; by default an eighth of the space, but 32 to 64.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Search:
         self.study = study
         self.space = space
         self.limit = limit
-        self.patience = patience if patience is not None else min(max(space.count(1024) // 16, 24), 64)
+        self.patience = patience if patience is not None else min(max(space.count(1024) // 8, 32), 64)
         self.rng = random.Random(seed)
         self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
         self.seen: dict[str, float] = {}
@@ -70,6 +70,7 @@ class Search:
         self._queue: list[tuple[Candidate, str]] = list(seeds)
         self._followed: set[int] = set()
         self._taken: set[str] = set()
+        self._waiting: list[tuple[Candidate, str]] = []
         self._adopt()
         if self.whole:
             rest = list(space.points())
@@ -83,20 +84,27 @@ class Search:
 
     def ask(self) -> Proposal | None:
         """The next candidate; None when the budget is spent or more cannot pay."""
-        while (proposal := self._next()) is not None:
-            if not self._contested(proposal):
+        while True:
+            self._follow()
+            if self.limit is not None and self.done >= self.limit:
+                return None
+            chosen = self._choose()
+            if chosen is None:
+                return None
+            proposal = self._claim(*chosen)
+            if proposal is not None and not self._contested(proposal):
                 return proposal
-            self.give_up(proposal)
-        return None
+            if proposal is not None:
+                self.give_up(proposal)
 
-    def _next(self) -> Proposal | None:
-        self._follow()
-        if self.limit is not None and self.done >= self.limit:
-            return None
+    def _choose(self) -> tuple[Candidate, str] | None:
+        """What to look at next, and why; None where nothing is left that could pay."""
+        if self._waiting:
+            return self._waiting[0]
         while self._queue:
             candidate, why = self._queue.pop(0)
             if self._fresh(candidate):
-                return self._proposed(candidate, why)
+                return candidate, why
         if self.whole:
             return None
         return self._descend() or self._sample()
@@ -149,17 +157,36 @@ class Search:
             if candidate is not None and candidate.key not in self.seen:
                 usable = trial.value is not None and trial.value < WORST
                 self._note(candidate, trial.value if usable else None, trial.user_attrs.get("why", ""))
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        self._taken = {c.key for c in map(_candidate_of, running) if c is not None}
+        claims = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        said = [(c, t) for c, t in ((_candidate_of(t), t) for t in claims) if c is not None]
+        self._taken = {c.key for c, _ in said}
+        self._waiting = [(c, t.user_attrs.get("why", "")) for c, t in said if t.state == TrialState.WAITING]
+
+    def _claim(self, candidate: Candidate, why: str) -> Proposal | None:
+        """Put a candidate up in the study and take one: as a rule this one, else one that waited there; None if another
+        process took it first.
+
+        A claim appears in the study together with its number and its candidate, in one step. So whoever looks after
+        that sees every claim that is older than its own.
+        """
+        if candidate.key not in (c.key for c, _ in self._waiting):
+            named = {"backend": candidate.backend, "config": dict(candidate.config)}
+            attrs = {"owner": owner(), "why": why, "candidate": named}
+            self.study.enqueue_trial(self.space.to_params(candidate), user_attrs=attrs)
+        trial = self._quietly_ask()
+        taken = _candidate_of(trial)
+        if taken is None or not self.space.contains(taken):
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        trial.set_user_attr("owner", owner())
+        self.space.suggest(trial)  # what was put up becomes the trial's parameters
+        return Proposal(taken, trial.user_attrs["why"], trial)
 
     def _contested(self, proposal: Proposal) -> bool:
-        """Did another process take the same candidate at the same moment? The earlier trial keeps it."""
-        states = (TrialState.RUNNING, TrialState.COMPLETE)
-        for other in self.study.get_trials(deepcopy=False, states=states):
-            candidate = _candidate_of(other)
-            if candidate == proposal.candidate and other.number < proposal.trial.number:
-                return True
-        return False
+        """Did another process claim the same candidate before? The oldest claim keeps it."""
+        states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+        others = self.study.get_trials(deepcopy=False, states=states)
+        return any(t.number < proposal.trial.number and _candidate_of(t) == proposal.candidate for t in others)
 
     def _adopt(self) -> None:
         """Take over what the study holds, and requeue what a dead process was at."""
@@ -171,7 +198,7 @@ class Search:
             if candidate is not None:
                 self._queue.insert(0, (candidate, "again"))
 
-    def _descend(self) -> Proposal | None:
+    def _descend(self) -> tuple[Candidate, str] | None:
         """An untried neighbour of a backend's best, if one is left; the fastest backend first.
 
         Each backend that is not far off climbs to its own top: the best by default need not be the best when tuned.
@@ -181,23 +208,26 @@ class Search:
                 break
             near = [c for c in self.space.neighbours(candidate) if self._fresh(c)]
             if near:
-                return self._proposed(self.rng.choice(near), "descent")
+                return self.rng.choice(near), "descent"
         return None
 
-    def _sample(self) -> Proposal | None:
+    def _sample(self) -> tuple[Candidate, str] | None:
         """What TPE says; what it repeats or breaks a constraint with is replaced by a mutant or a random point."""
         if self._idle >= self.patience:
             return None
         for _ in range(8):
             trial = self._quietly_ask()
+            waited = _candidate_of(trial)
             candidate = self.space.suggest(trial)
+            self.study.tell(trial, state=TrialState.FAIL)  # only to hear the sampler: claims are made in one step
+            if waited is not None:
+                return waited, trial.user_attrs["why"]
             if self._fresh(candidate):
-                return self._owned(trial, candidate, "tpe")
-            self.study.tell(trial, state=TrialState.FAIL)
+                return candidate, "tpe"
         for n in range(400):
             candidate = self._mutant() if n % 2 else self.space.sample(self.rng)
             if self._fresh(candidate):
-                return self._proposed(candidate, "random")
+                return candidate, "random"
         return None
 
     def _mutant(self) -> Candidate:
@@ -214,17 +244,6 @@ class Search:
         new = candidate.key not in self.seen and candidate.key not in self._taken
         return new and self.space.contains(candidate)
 
-    def _proposed(self, candidate: Candidate, why: str) -> Proposal:
-        self.study.enqueue_trial(self.space.to_params(candidate))
-        trial = self._quietly_ask()
-        return self._owned(trial, self.space.suggest(trial), why)
-
-    def _owned(self, trial: optuna.Trial, candidate: Candidate, why: str) -> Proposal:
-        trial.set_user_attr("owner", owner())
-        trial.set_user_attr("why", why)
-        trial.set_user_attr("candidate", {"backend": candidate.backend, "config": dict(candidate.config)})
-        return Proposal(candidate, why, trial)
-
     def _quietly_ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -238,6 +257,6 @@ def make_sampler(seed: int) -> optuna.samplers.TPESampler:
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=10)
 
 
-def _candidate_of(trial: optuna.trial.FrozenTrial) -> Candidate | None:
+def _candidate_of(trial: optuna.trial.FrozenTrial | optuna.Trial) -> Candidate | None:
     said = trial.user_attrs.get("candidate")
     return Candidate(said["backend"], said["config"]) if said else None

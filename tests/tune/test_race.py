@@ -97,10 +97,10 @@ def test_the_slow_leave_early() -> None:
 def test_equal_candidates_tie_and_memory_then_name_decides() -> None:
     equal = {A.key: 1.0, B.key: 1.0, C.key: 3.0}
     for seed in range(10):
-        finish = race(bench(equal, seed=seed), [A, B, C], {A.key: 64 << 20, B.key: 2 << 20})
+        finish = race(bench(equal, noise=0.005, seed=seed), [A, B, C], {A.key: 64 << 20, B.key: 2 << 20})
         assert finish is not None
         assert (finish.winner, finish.ties) == (B, (A,))
-        finish = race(bench(equal, seed=seed), [B, A, C], {A.key: 2 << 20, B.key: 2 << 20})
+        finish = race(bench(equal, noise=0.005, seed=seed), [B, A, C], {A.key: 2 << 20, B.key: 2 << 20})
         assert finish is not None
         assert (finish.winner, finish.ties) == (A, (B,))
 

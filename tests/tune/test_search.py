@@ -13,7 +13,7 @@ from attnreg.errors import TuneError
 from attnreg.measure import Candidate
 from attnreg.space import SearchSpace
 from attnreg.tuning.joint import JointSpace
-from attnreg.tuning.search import Search, make_sampler
+from attnreg.tuning.search import Proposal, Search, make_sampler
 from attnreg.tuning.storage import open_storage, open_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -148,6 +148,56 @@ def test_two_searches_on_one_study_share_the_work(tmp_path: Path) -> None:
         for search, proposal in open_proposals:
             looked.append(proposal.candidate)
             search.tell(proposal, 1.0)
+    assert sorted(c.key for c in looked) == sorted(c.key for c in SMALL.points())
+
+
+@pytest.mark.parametrize("space", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("at", ["before its claim", "after its claim", "after it took it"])
+def test_no_candidate_twice_however_two_searches_interleave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, space: JointSpace
+) -> None:
+    """The other search asks in the middle of this one's ask, at each step that others can see."""
+    path = tmp_path / "shared.journal"
+    one, two = (Search(open_study(open_storage(path), "x", make_sampler(7)), space, defaults(space)) for _ in range(2))
+    others: list[Proposal] = []
+
+    def interrupt() -> None:
+        if len(others) < 12 and (proposal := two.ask()) is not None:
+            others.append(proposal)
+
+    enqueue, ask = one.study.enqueue_trial, one.study.ask
+
+    def enqueue_between(*args: Any, **more: Any) -> None:
+        if at == "before its claim":
+            interrupt()
+        enqueue(*args, **more)
+        if at == "after its claim":
+            interrupt()
+
+    def ask_between() -> optuna.Trial:
+        trial = ask()
+        if at == "after it took it":
+            interrupt()
+        return trial
+
+    monkeypatch.setattr(one.study, "enqueue_trial", enqueue_between)
+    monkeypatch.setattr(one.study, "ask", ask_between)
+    mine = []
+    while len(mine) < 12 and (proposal := one.ask()) is not None:
+        mine.append(proposal)
+    assert others
+    keys = [p.candidate.key for p in (*mine, *others)]
+    assert len(keys) == len(set(keys))
+    if space is SMALL:
+        assert set(keys) == {c.key for c in SMALL.points()}
+
+
+def test_what_a_dead_process_put_up_and_never_took_is_looked_at(tmp_path: Path) -> None:
+    study = open_study(open_storage(tmp_path / "s.journal"), "x", make_sampler(0))
+    lost = Candidate("a", {"m": 2, "n": 2})
+    named = {"backend": "a", "config": dict(lost.config)}
+    study.enqueue_trial(SMALL.to_params(lost), user_attrs={"owner": "gone", "why": "seed", "candidate": named})
+    looked = run(Search(study, SMALL))
     assert sorted(c.key for c in looked) == sorted(c.key for c in SMALL.points())
 
 
