@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from attnreg import Hardware
+from attnreg import Hardware, errors
 from attnreg_cpu import build
 from attnreg_cpu.decode import CACHES
 from attnreg_cpu.tuning_space import VECTORS, has_bfloat_dot, preferred_vectors
-from attnreg_cpu.variant import Variant
+from attnreg_cpu.variant import ELEMENTS, Variant
 
 HEAD_DIMS = (64, 96, 128)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,8 +31,11 @@ def build_all(
 
     gradients: the backward kernels too. whole_space: every micro-kernel shape that the tuner may try, not only those
     that are used without tuning. jobs: compilers at once; the usable cores by default. `say` gets a line for each.
-    Raises BuildError where the compiler is missing or refuses.
+    Raises BuildError where the compiler is missing or refuses, InputError for a dtype that no kernel takes.
     """
+    unknown = [dtype for dtype in dtypes if dtype not in ELEMENTS]
+    if unknown:
+        raise errors.InputError("dtypes", f"expected names out of {', '.join(ELEMENTS)}, got {', '.join(unknown)}")
     work = list(_work(hardware, head_dims, dtypes, gradients, whole_space))
 
     def one(item: tuple[str, dict[str, int | str]]) -> None:

@@ -1,0 +1,36 @@
+"""Law: `attnreg build` compiles what a call would, so that the call then needs no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CALL = """
+import torch, attnreg
+q = torch.randn(1, 2, 100, 24)
+with attnreg.use_backend("cpu"):
+    attnreg.attention(attnreg.AttentionSpec(), q, q, q)
+"""
+
+
+def test_a_call_finds_what_was_built(tmp_path: Path) -> None:
+    environ = {**os.environ, "ATTNREG_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "attnreg", "build", "--head-dims", "24", "--dtypes", "float32", "--no-gradients"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert "head_k=24" in done.stdout
+    libraries = sorted(tmp_path.rglob("*.so"))
+    assert libraries
+    subprocess.run([sys.executable, "-c", CALL], env=environ, check=True)
+    assert sorted(tmp_path.rglob("*.so")) == libraries, "nothing else was compiled"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [(["--dtypes", "float64"], "dtypes: expected"), (["--head-dims", "0"], "head_dims: expected")]
+)
+def test_what_cannot_be_built_is_said(options: list[str], said: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "attnreg", "build", *options], capture_output=True, text=True)
+    assert (done.returncode, said in done.stderr) == (2, True)
