@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ LEAK_A_CALL = 1024
 LEAK_BYTES = 1 << 20
 """Growth of the process over some calls that is a leak: its pages move by less without one."""
 MAX_LEAK_CALLS = 2000
+EXACT_CALLS = 16
 
 
 class LocalBench:
@@ -134,13 +136,18 @@ class LocalBench:
         p = self.plan.problem
         rows = (p.total_q or p.batch * p.sq) * p.q_heads
         least = rows * p.head_dim_v * torch.empty(0, dtype=p.out_dtype).element_size() // 2
-        affordable = int(self.plan.leak_seconds / 4 / max(seconds, 1e-7))
-        count = max(1, min(affordable, MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3))
-        exact = self._growth(call, count, 3)
-        if exact >= LEAK_A_CALL * count:
-            exact = self._growth(call, max(count, 8), 5)
-            if exact >= LEAK_A_CALL * max(count, 8):
-                return exact // max(count, 8)
+        wanted = min(MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3)
+
+        def affordable(seconds: float) -> int:
+            return max(1, min(int(self.plan.leak_seconds / 4 / max(seconds, 1e-7)), wanted))
+
+        few = min(affordable(seconds), EXACT_CALLS)
+        start = time.perf_counter()
+        if self._growth(call, few, 3) >= LEAK_A_CALL * few:
+            exact = self._growth(call, EXACT_CALLS, 5) // EXACT_CALLS
+            if exact >= LEAK_A_CALL:
+                return exact
+        count = affordable(max(seconds, (time.perf_counter() - start) / few))  # as slow as it is now
         held = settle(self.clock.device)
         growth = []
         for _ in range(3):

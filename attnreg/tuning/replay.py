@@ -156,28 +156,19 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
 def show(console: Console, seeds: int = 20) -> list[Row]:
     """Print the comparison as a table, the search beside random search; returns its rows."""
     table = Table(title=f"tuner on recorded spaces, {seeds} seeds", box=None, pad_edge=False)
-    heads = (
-        "space",
-        "recorded on",
-        "points",
-        "looked at",
-        "share",
-        "pick over best",
-        "90%",
-        "random search",
-        "90%",
-        "",
-    )
-    for column in heads:
-        table.add_column(column, no_wrap=True)
-    rows = []
+    for head in ("space", "points", "looked", "share", "pick over best", "90%", "random", "90%", ""):
+        table.add_column(head, no_wrap=head not in ("space", "pick over best"))
+    rows: list[Row] = []
+    slugs: set[str] = set()
     for recording in recordings():
         [row] = compare([recording], seeds)
         rows.append(row)
         gaps = (row.gap, row.gap_90, row.random_gap, row.random_gap_90)
-        slug, verdict = recording.about["hardware"], "ok" if row.ok else "MISSED"
+        slugs.add(str(recording.about["hardware"]))
+        verdict = "ok" if row.ok else "MISSED"
         counts = (str(row.points), f"{row.evaluations:g}", f"{row.share:.0%}")
-        table.add_row(row.name, slug, *counts, *(f"+{gap:.2%}" for gap in gaps), verdict)
+        table.add_row(row.name, *counts, *(f"+{gap:.2%}" for gap in gaps), verdict)
     console.print(table)
+    console.print(f"recorded on {', '.join(sorted(slugs))}; `random`: random search of as many points")
     console.print("goal: within 1% of the best of the whole space at the median, with at most 25% of its points")
     return rows

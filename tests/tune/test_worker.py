@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_the_leak_watch_tells_a_leak_from_a_cache(planted: registry.Registry) ->
     with LocalBench(Plan(PROBLEM)) as bench:
         assert bench.open(Candidate("planted_leak")).leak >= 2 * 64 * 16 * 4
         assert bench.open(EAGER).leak == 0
+
+
+def test_a_leak_is_found_however_slow_the_machine_is(
+    planted: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few calls are enough: a busy machine affords no more, and a large problem neither."""
+    monkeypatch.setattr("attnreg.measure.local.LocalBench._leak", _as_if_slow)
+    with LocalBench(Plan(PROBLEM)) as bench:
+        assert 2 * 64 * 16 * 4 <= bench.open(Candidate("planted_leak")).leak <= 4 * 2 * 64 * 16 * 4
+        for name in ("eager", "sdpa", "cpu"):
+            default = registry.current().get(name).backend.space(PROBLEM, detect()).default
+            assert bench.open(Candidate(name, default)).leak == 0
+
+
+_leak = LocalBench._leak
+
+
+def _as_if_slow(bench: LocalBench, call: Any, seconds: float) -> int:
+    return _leak(bench, call, 10.0)
 
 
 def test_peak_memory_is_what_a_call_takes_for_a_while() -> None:
