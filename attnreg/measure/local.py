@@ -26,6 +26,7 @@ LEAK_BYTES = 1 << 20
 """Growth of the process over some calls that is a leak: its pages move by less without one."""
 MAX_LEAK_CALLS = 2000
 EXACT_CALLS = 16
+"""So many calls at most show a leak to an exact count."""
 
 
 class LocalBench:
@@ -144,7 +145,8 @@ class LocalBench:
         few = min(affordable(seconds), EXACT_CALLS)
         start = time.perf_counter()
         if self._growth(call, few, 3) >= LEAK_A_CALL * few:
-            exact = self._growth(call, EXACT_CALLS, 5) // EXACT_CALLS
+            more = min(max(4 * few, 2), EXACT_CALLS)
+            exact = self._growth(call, more, 5) // more
             if exact >= LEAK_A_CALL:
                 return exact
         count = affordable(max(seconds, (time.perf_counter() - start) / few))  # as slow as it is now
