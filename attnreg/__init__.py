@@ -19,6 +19,7 @@ from attnreg.modes import autotune
 from attnreg.problem import Problem, TensorInfo
 from attnreg.space import SearchSpace
 from attnreg.spec import AttentionSpec, HeadGrouping, Precision
+from attnreg.tracing import transformable
 from attnreg.validate import block_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ __all__ = [
     "sparsity",
     "targets",
     "testing",
+    "transformable",
     "tune",
     "use_backend",
 ]

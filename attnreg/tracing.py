@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from attnreg.validate import Sizes
 
-__all__ = ["at_trace_time", "concrete", "hint", "is_traced", "opaque", "same", "transform"]
+__all__ = ["at_trace_time", "concrete", "hint", "is_traced", "opaque", "same", "transform", "transformable"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,3 +85,36 @@ def at_trace_time(function: Callable[[], bool]) -> Callable[[], bool]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def transformable(
+    operator: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The operator, for plugins: called as it is, and as an autograd.Function inside torch.func transforms.
+
+    torch.func knows no rule for an operator with a Python backward (`torch.library.register_autograd`), but it does
+    for a Function. save and differentiate are the setup_context and the backward that were registered for the
+    operator, which takes positional arguments.
+    """
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return differentiate(ctx, *gradients)
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments) if transform() is None else Function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+    return call

@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from typing import IO, Any, Literal, NoReturn
@@ -16,6 +15,7 @@ from typing import IO, Any, Literal, NoReturn
 import torch
 
 from attnreg.errors import TuneError
+from attnreg.measure import child
 from attnreg.measure.candidates import About, Candidate, Died, Opened, Plan, Refusal, Round, Verdict
 from attnreg.measure.memory import available, resident
 
@@ -85,25 +85,11 @@ class Worker:
 
     def _start(self) -> None:
         """Start the process and give it the plan."""
-        child_in, mine_out = os.pipe()
-        mine_in, child_out = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process; _end closes it
         # ATTNREG_AUTOTUNE off: a worker that tuned would start workers of its own.
-        environ = {**os.environ, "ATTNREG_AUTOTUNE": "", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, "-m", "attnreg.measure.worker", str(child_in), str(child_out)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env=environ,
-            pass_fds=(child_in, child_out),
-            start_new_session=True,
-        )
-        os.close(child_in)
-        os.close(child_out)
-        self._to = os.fdopen(mine_out, "w", encoding="utf-8")
-        self._from, self._buffer, self._at = mine_in, b"", None
+        environ = {**os.environ, "ATTNREG_AUTOTUNE": ""}
+        self._process, self._to, self._from = child.start("attnreg.measure.worker", environ, self._log)
+        self._buffer, self._at = b"", None
         self.restarts += 1
         try:
             self._about = About(**self._exchange({"op": "plan", "plan": self.plan.to_json()}, START_LIMIT))
@@ -183,9 +169,7 @@ class Worker:
         """Kill the worker and whatever it started, and forget it."""
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            child.kill(process)
         if self._to is not None:
             with contextlib.suppress(OSError):
                 self._to.close()

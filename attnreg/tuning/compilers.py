@@ -8,15 +8,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO
 
 from attnreg.backend import StaticReport
 from attnreg.errors import TuneError
-from attnreg.measure import Candidate
+from attnreg.measure import Candidate, child
 from attnreg.problem import Problem
 from attnreg.tuning.compile_worker import compiled
 
@@ -36,24 +34,10 @@ class _Process:
     """One compiling process and what it is at."""
 
     def __init__(self) -> None:
-        child_in, mine_out = os.pipe()
-        mine_in, child_out = os.pipe()
         # TRITON_INTERPRET would load kernels for the interpreter; a compiler needs one thread.
         environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "attnreg.tuning.compile_worker", str(child_in), str(child_out)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environ,
-            pass_fds=(child_in, child_out),
-            start_new_session=True,
-        )
-        os.close(child_in)
-        os.close(child_out)
-        self.to: IO[str] = os.fdopen(mine_out, "w", encoding="utf-8")
-        self.incoming = mine_in
+        environ["OMP_NUM_THREADS"] = "1"
+        self.process, self.to, self.incoming = child.start("attnreg.tuning.compile_worker", environ, subprocess.DEVNULL)
         self.buffer = b""
         self.job: Job | None = None
         self.deadline = 0.0
@@ -80,9 +64,7 @@ class _Process:
         """Kill it and what it started, after `grace` seconds to end by itself; its status, negative for a signal."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        code = self.process.wait()
+        code = child.kill(self.process)
         with contextlib.suppress(OSError):
             self.to.close()
         os.close(self.incoming)

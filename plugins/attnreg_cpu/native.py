@@ -9,10 +9,10 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace, masks
 from attnreg_cpu import build
-from attnreg_cpu.decode import Decode, decode_space, decode_supports, is_decode
+from attnreg_cpu.decode import decode_space, decode_supports, is_decode
 from attnreg_cpu.estimate import estimate
-from attnreg_cpu.gradient import Differentiable
-from attnreg_cpu.prefill import Forward, prefill_prepare, prefill_supports
+from attnreg_cpu.prefill import prefill_supports
+from attnreg_cpu.run import run_of
 from attnreg_cpu.tuning_space import kernel_space
 
 SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
@@ -61,13 +61,6 @@ class NativeBackend:
         from attnreg_cpu.ahead import build_all
 
         return build_all(hardware, **options)
-
-
-def run_of(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Decode | Forward | Differentiable:
-    """The path that a configuration is of, compiled, for calls that are not traced."""
-    if "kv_splits" in config:  # a configuration of decode_space
-        return Decode(problem, config)
-    return prefill_prepare(problem, config)
 
 
 def _decodes(problem: Problem, hardware: Hardware) -> bool:

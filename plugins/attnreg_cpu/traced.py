@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem
+from attnreg import Problem, transformable
+from attnreg_cpu.run import run_of
 
 __all__ = ["Traced"]
 
@@ -60,9 +61,7 @@ def _problem(text: str) -> Problem:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepared(problem: str, config: str) -> Any:  # what native.run_of returns, which imports this module
-    from attnreg_cpu.native import run_of
-
+def _prepared(problem: str, config: str) -> Any:  # a forward-only path has no backward, and is never asked for one
     return run_of(_problem(problem), json.loads(config))
 
 
@@ -128,34 +127,10 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return (*(gradients.get(name) for name in FIELDS), None, None)
 
 
-class _Function(torch.autograd.Function):
-    """The operator for torch.func transforms, which know no rule for operators with a Python backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.attnreg_cpu.forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _differentiate(ctx, *gradients)
-
-
-def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        transformed: tuple[Tensor, Tensor] = _Function.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
-        return transformed
-    plain: tuple[Tensor, Tensor] = torch.ops.attnreg_cpu.forward(*arguments)
-    return plain
-
-
 _library.impl("forward", _forward, "CPU")
 _library.impl("backward", _backward, "CPU")
 torch.library.register_fake("attnreg_cpu::forward", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg_cpu::backward", _backward_shapes, lib=_library)
 torch.library.register_autograd("attnreg_cpu::forward", _differentiate, setup_context=_save, lib=_library)
+
+_attend = transformable(torch.ops.attnreg_cpu.forward, _save, _differentiate)

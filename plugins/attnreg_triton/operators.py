@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg import transformable
+
 from .flash_launch import backward_launches, forward_launches, output_like
 from .launch import Inputs, Launch, sizes
 from .plan import Plan, decode
@@ -156,39 +158,12 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return (*(gradients.get(name) for name in FIELDS), None)
 
 
-class FlashFunction(torch.autograd.Function):
-    """The operator for torch.func transforms, which know no rule for operators with a Python backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        """(out, lse) of the operator's arguments."""
-        return torch.ops.attnreg_triton.flash_forward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep what the backward pass reads."""
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Gradients of the operator's arguments."""
-        return _differentiate(ctx, *gradients)
-
-
-def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable: FIELDS in order, then the plan's text."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        transformed: tuple[Tensor, Tensor] = FlashFunction.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
-        return transformed
-    plain: tuple[Tensor, Tensor] = torch.ops.attnreg_triton.flash_forward(*arguments)
-    return plain
-
-
 for _key in ("CPU", "CUDA"):
     _library.impl("flash_forward", _forward, _key)
     _library.impl("flash_backward", _backward, _key)
 torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
 torch.library.register_autograd("attnreg_triton::flash_forward", _differentiate, setup_context=_save, lib=_library)
+
+attend = transformable(torch.ops.attnreg_triton.flash_forward, _save, _differentiate)
+"""(out, lse), differentiable: FIELDS in order, then the plan's text."""
