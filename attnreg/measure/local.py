@@ -86,7 +86,7 @@ class LocalBench:
             first = self.clock.once(call)
             seconds = self.clock.once(call)
             if give_up and seconds > give_up:
-                return Opened(first, seconds, 0, 0)
+                return Opened(first, seconds, 0, self._leak_told(call, seconds))
             seconds = min(seconds, self.clock.once(call))
             settle(self.clock.device)  # memory that is free but not given back would hide the peak
             peak = peak_over(call, self.clock.device)
@@ -130,26 +130,15 @@ class LocalBench:
     def _leak(self, call: Thunk, seconds: float) -> int:
         """Bytes that a call leaves behind, if it does so in each of several windows; else 0.
 
-        A cache or a pool grows in the first window and then stops; a leak goes on. Allocators tell to the byte, so
-        that few calls suffice however slow the machine is; what looks like a leak there is looked at again. Memory
-        that was mapped past the allocators shows in what the process holds, once it is much.
+        A cache or a pool grows in the first window and then stops; a leak goes on. Memory that was mapped past the
+        allocators shows in what the process holds, once it is much.
         """
-        p = self.plan.problem
-        rows = (p.total_q or p.batch * p.sq) * p.q_heads
-        least = rows * p.head_dim_v * torch.empty(0, dtype=p.out_dtype).element_size() // 2
-        wanted = min(MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3)
-
-        def affordable(seconds: float) -> int:
-            return max(1, min(int(self.plan.leak_seconds / 4 / max(seconds, 1e-7)), wanted))
-
-        few = min(affordable(seconds), EXACT_CALLS)
-        start = time.perf_counter()
-        if self._growth(call, few, 3) >= LEAK_A_CALL * few:
-            more = min(max(4 * few, 2), EXACT_CALLS)
-            exact = self._growth(call, more, 5) // more
-            if exact >= LEAK_A_CALL:
-                return exact
-        count = affordable(max(seconds, (time.perf_counter() - start) / few))  # as slow as it is now
+        start, (few, least, _) = time.perf_counter(), self._leak_calls(seconds)
+        told = self._leak_told(call, seconds)
+        if told:
+            return told
+        # As slow as it is now: at least one window of `few` calls was just made.
+        _, _, count = self._leak_calls(max(seconds, (time.perf_counter() - start) / few))
         held = settle(self.clock.device)
         growth = []
         for _ in range(3):
@@ -160,6 +149,29 @@ class LocalBench:
             held = now
         grew = min(growth)
         return grew // count if grew >= max(LEAK_BYTES, least * count // 2) else 0
+
+    def _leak_told(self, call: Thunk, seconds: float) -> int:
+        """What `_leak` finds by what allocators tell, to the byte: few calls suffice however slow the machine is.
+
+        Without a leak that is one window, so that a candidate too slow to look at further can be watched too. What
+        looks like one is looked at again.
+        """
+        few, _, _ = self._leak_calls(seconds)
+        if self._growth(call, few, 3) < LEAK_A_CALL * few:
+            return 0
+        more = min(max(4 * few, 2), EXACT_CALLS)
+        exact = self._growth(call, more, 5) // more
+        return exact if exact >= LEAK_A_CALL else 0
+
+    def _leak_calls(self, seconds: float) -> tuple[int, int, int]:
+        """Of calls of so many seconds: how many make a window that allocators tell, half the bytes of an output, and
+        how many make a window that shows in what the process holds."""
+        p = self.plan.problem
+        rows = (p.total_q or p.batch * p.sq) * p.q_heads
+        least = rows * p.head_dim_v * torch.empty(0, dtype=p.out_dtype).element_size() // 2
+        wanted = min(MAX_LEAK_CALLS, 2 * LEAK_BYTES // max(least, 1) + 3)
+        affordable = max(1, min(int(self.plan.leak_seconds / 4 / max(seconds, 1e-7)), wanted))
+        return min(affordable, EXACT_CALLS), least, affordable
 
     def _growth(self, call: Thunk, count: int, windows: int) -> int:
         """The least by which the memory that allocators handed out grew over `count` calls, in so many windows."""

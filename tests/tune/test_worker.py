@@ -65,6 +65,12 @@ def test_the_leak_watch_tells_a_leak_from_a_cache(planted: registry.Registry) ->
         assert bench.open(EAGER).leak == 0
 
 
+def test_a_leak_is_found_in_a_candidate_that_is_too_slow_to_time(planted: registry.Registry) -> None:
+    with LocalBench(Plan(PROBLEM)) as bench:
+        assert bench.open(Candidate("planted_leak"), give_up=1e-9).leak >= 2 * 64 * 16 * 4
+        assert bench.open(EAGER, give_up=1e-9).leak == 0
+
+
 def test_a_leak_is_found_however_slow_the_machine_is(
     planted: registry.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
