@@ -27,7 +27,7 @@ class EagerFp8:
     """Attention with the roundings of `attnreg_eager.fp8`. It is in no written order: nothing but force chooses it."""
 
     name = "eager_fp8"
-    version = "1"
+    version = "2"
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """What the kernels that it stands for cannot say either."""
