@@ -126,6 +126,8 @@ def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> No
             bars.advance(overall)
             if as_json:
                 typer.echo(json.dumps({"name": case.name, **_data(result)}))
+            elif not bars.console.is_terminal:  # a log shows no bars, but should show that the run moves
+                bars.console.print(escape(_line(case, result)), soft_wrap=True)
             elif isinstance(result, TuneReport) and result.resumed:
                 bars.console.print(f"{escape(case.name)}: resumed {result.resumed} trials of an interrupted run")
     if not as_json:
@@ -201,6 +203,12 @@ def _row(result: Result) -> tuple[str, str, str, str, str, str]:
     winner = str(result.winner) if result.winner is not None else "none usable"
     time = seconds_text(result.seconds) if result.seconds is not None else ""
     return winner, time, rival.backend if rival else "", slower, str(len(result.refused) or ""), "; ".join(remarks)
+
+
+def _line(case: Case, result: Result) -> str:
+    winner, time, *_, remarks = _row(result)
+    said = ", ".join(text for text in (winner, time, remarks) if text)
+    return f"{case.name}: {said}"
 
 
 def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) -> None:
