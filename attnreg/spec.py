@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 from torch import Tensor
 
 from attnreg.errors import MissingTensorError, SpecError
-from attnreg.masks import Coords, Full, Mask, picture_size
+from attnreg.masks import Coords, Full, Mask
+from attnreg.masks.expression import picture_size
 from attnreg.scores import ScaledDot, Score
 from attnreg.sparsity import Dense, Sparsity
 
