@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ OURS = "attnreg"
 DOCUMENTS = 8
 PAIRS = 1 << 22
 """Score entries that a peer's check against the oracle looks at."""
+SETTLE = 0.02
+"""Seconds of rest after a sample: other runtimes' threads spin for a while, for which the next one must not pay."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ def _rounds(
             if name in slow and kept >= 2:
                 continue
             now[name] = clock.sample(ready[name], rough[name])
+            time.sleep(SETTLE)
             quiet = probes.quiet() and quiet
         last_chance = turn + options.rounds - kept > options.rounds * options.patience
         if quiet or last_chance:
