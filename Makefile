@@ -15,10 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/minilm.py
 
-# Triton's interpreter is chosen when Triton is imported, so its tests have a process of their own.
+# Triton's interpreter is chosen when Triton is imported, so its tests have processes of their own: one a core, each with
+# one thread, as interpreted tiles are too small for more.
 test: $(STAMP)
 	$(BIN)/python -m pytest --ignore tests/triton
-	$(BIN)/python -m pytest tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -n auto --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -34,6 +34,7 @@ def kernels_stay_inside_their_tensors(request: pytest.FixtureRequest) -> Iterato
         yield
         return
     from memory_guard import guarded
+    from quick_interpreter import quick
 
-    with guarded():
+    with quick(), guarded():
         yield
