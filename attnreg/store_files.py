@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -104,6 +105,7 @@ def rewrite(root: Path, path: Path, change: Callable[[Sequence[Record]], Sequenc
             aside = [text for _, text in now.broken if text]
             if aside:
                 _append(path.with_name(path.name + ".broken"), aside)
+            _sweep(path)
             _replace(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
     except OSError as error:
         raise RecordError(f"{path}: cannot be written: {error}; set ATTNREG_DATA_DIR to a folder that can") from error
@@ -133,6 +135,13 @@ def _append(path: Path, lines: Sequence[str]) -> None:
         file.write("".join(text + "\n" for text in lines))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sweep(path: Path) -> None:
+    """Take away what writers that were killed left beside the file; under the lock nobody else writes."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def _replace(path: Path, text: str) -> None:

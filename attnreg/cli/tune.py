@@ -43,6 +43,7 @@ def tune(
     backends: Annotated[str | None, typer.Option(help="Only these, such as cpu,sdpa.")] = None,
     cache: Annotated[str, typer.Option(help="Time with warm or cold caches.")] = "warm",
     time_limit: Annotated[float, typer.Option(help="Seconds that one step of a candidate may take.")] = 120.0,
+    memory_limit: Annotated[float, typer.Option(help="GiB that a candidate may hold; 0: most of what is free.")] = 0.0,
     target: Annotated[str | None, typer.Option(help="Tune for hardware that is not here, such as sm_90.")] = None,
     static: Annotated[bool, typer.Option("--static", help="With --target: from compiled code alone.")] = False,
     jobs: Annotated[int | None, typer.Option(help="With --static: compiling processes; every core. 0: none.")] = None,
@@ -71,6 +72,7 @@ def tune(
         cache=cast("Literal['warm', 'cold']", cache),
         keep=keep,
         time_limit=time_limit,
+        memory_limit=int(memory_limit * 2**30),
     )
     if target is not None or static:
         if target is None or not static:
@@ -131,7 +133,7 @@ def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> No
             elif isinstance(result, TuneReport) and result.resumed:
                 bars.console.print(f"{escape(case.name)}: resumed {result.resumed} trials of an interrupted run")
     if not as_json:
-        _summary(results)
+        _summary(results, options.backends or ())
     if all(isinstance(result, TuneError) for _, result in results):
         raise typer.Exit(1)
 
@@ -172,7 +174,8 @@ def _data(result: Result) -> dict[str, Any]:
     return {"status": "error", "error": str(result)}
 
 
-def _summary(results: list[tuple[Case, Result]]) -> None:
+def _summary(results: list[tuple[Case, Result]], asked: tuple[str, ...]) -> None:
+    """The table, then what was refused, what was asked for and cannot run, and what else should be known."""
     table = Table(box=None, pad_edge=False)
     for column in ("problem", "winner", "time", "runner-up", "slower by", "refused", "remarks"):
         table.add_column(column)
@@ -180,10 +183,12 @@ def _summary(results: list[tuple[Case, Result]]) -> None:
         table.add_row(escape(case.name), *map(escape, _row(result)))
     wide(table)
     for case, result in results:
-        for r in result.refused if isinstance(result, TuneReport) else ():
-            console.print(
-                f"{escape(case.name)}: refused {escape(str(r.candidate))}: {r.kind}: {escape(r.reason)}", style="yellow"
-            )
+        if not isinstance(result, TuneReport):
+            continue
+        lines = [f"refused {r.candidate}: {r.kind}: {r.reason}" for r in result.refused]
+        lines += [f"cannot {n}: {'; '.join(why)}" for n, why in result.unsupported.items() if n in asked]
+        for line in (*lines, *result.notes):
+            console.print(escape(f"{case.name}: {line}"), style="yellow", soft_wrap=True)
 
 
 def _row(result: Result) -> tuple[str, str, str, str, str, str]:

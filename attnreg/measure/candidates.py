@@ -38,7 +38,7 @@ class Plan:
 
     cache: "warm": called again and again; "cold": caches flushed before every call. threads: torch's intra-op
     threads, 0 for what the process has. sample_seconds: a sample repeats the call until it takes that long.
-    time_limit: seconds that one step (a gate, a preparation) may take before it counts as a hang. memory_limit:
+    time_limit: seconds that one step (a gate, a preparation) may run before it counts as a hang. memory_limit:
     bytes that the worker may hold, 0 for most of what the machine has free. leak_seconds: how long to call a
     candidate in search of a leak. seed: of inputs and of the order within rounds.
     """
@@ -83,12 +83,14 @@ class Opened:
     """A candidate made ready. first_seconds: its first call, compilation included; seconds: a later call, roughly.
 
     peak_memory: bytes beyond the inputs while it ran. leak: bytes that each call leaves behind, 0 if it does not.
+    given_up: its calls take too long for it to be worth timing; it is not kept ready.
     """
 
     first_seconds: float
     seconds: float
     peak_memory: int
     leak: int
+    given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Bench(Protocol):
         ...
 
     def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
-        """Prepare, run and watch its memory; not further than a call of `give_up` seconds. Raises Refusal."""
+        """Prepare, run and watch its memory; no more where calls take over `give_up` seconds. Raises Refusal."""
         ...
 
     def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:

@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import tempfile
-import time
 from typing import IO, Any, Literal, NoReturn
 
 import torch
@@ -18,13 +17,12 @@ from attnreg.errors import TuneError
 from attnreg.measure import child
 from attnreg.measure.candidates import About, Candidate, Died, Opened, Plan, Refusal, Round, Verdict
 from attnreg.measure.memory import available, resident
+from attnreg.measure.patience import Patience
 
 __all__ = ["Worker"]
 
 START_LIMIT = 180.0
 POLL = 0.02
-SUSPENDED = 5.0
-"""Seconds between two looks that tell of a stopped job or a sleeping machine, not of a hung candidate."""
 
 
 class Worker:
@@ -116,15 +114,10 @@ class Worker:
 
     def _line(self, limit: float) -> bytes:
         """The next line of the worker, while its time and memory are watched."""
-        looked = time.monotonic()
-        deadline = looked + limit
         assert self._process is not None
+        patience = Patience(self._process.pid, limit)
         while b"\n" not in self._buffer:
-            now = time.monotonic()
-            if now - looked > SUSPENDED:  # this process stood still, and so did the worker
-                deadline += now - looked
-            looked = now
-            if now > deadline:
+            if patience.over():
                 self._end()
                 raise Died("hang", f"hung: no answer within {limit:g} s", self._at)
             ready, _, _ = select.select([self._from], [], [], POLL)

@@ -76,7 +76,8 @@ class LocalBench:
     def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
         """Prepare, call, and watch what memory each call takes and leaves.
 
-        give_up: a candidate that takes longer than this many seconds a call is not looked at further (0: never).
+        give_up: a candidate whose calls take longer than this many seconds, and fill a sample, is not looked at further
+        (0: never).
         """
         self.at(candidate)
         try:
@@ -85,11 +86,12 @@ class LocalBench:
             call = bind(backend.prepare(self.inputs.problem, config), self.inputs)
             first = self.clock.once(call)
             seconds = self.clock.once(call)
-            if give_up and seconds > give_up:
-                return Opened(first, seconds, 0, self._leak_told(call, seconds))
+            if give_up and seconds > max(give_up, self.plan.sample_seconds):
+                peak, again = self._peak_and_seconds(call)  # one bad call must not cast out a good candidate
+                if again > give_up:
+                    return Opened(first, min(seconds, again), peak, self._leak_told(call, seconds), given_up=True)
             seconds = min(seconds, self.clock.once(call))
-            settle(self.clock.device)  # memory that is free but not given back would hide the peak
-            peak = peak_over(call, self.clock.device)
+            peak, _ = self._peak_and_seconds(call)
             leak = self._leak(call, seconds)
         except Exception as error:
             raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
@@ -126,6 +128,16 @@ class LocalBench:
             return self.clock.sample(call, seconds)
         except Exception as error:
             raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
+
+    def _peak_and_seconds(self, call: Thunk) -> tuple[int, float]:
+        """The most bytes beyond the start while a call ran, and how long that call took."""
+        settle(self.clock.device)  # memory that is free but not given back would hide the peak
+        took = [0.0]
+
+        def timed() -> None:
+            took[0] = self.clock.once(call)
+
+        return peak_over(timed, self.clock.device), took[0]
 
     def _leak(self, call: Thunk, seconds: float) -> int:
         """Bytes that a call leaves behind, if it does so in each of several windows; else 0.

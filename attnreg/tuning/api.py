@@ -22,8 +22,8 @@ from attnreg.validate import check
 __all__ = ["known", "tune", "tune_all", "tune_missing"]
 
 DEFAULTS = Options()
-MISSED = Options(trials=60, seconds=60.0)
-"""What a call that tunes on a miss may cost."""
+MISSED = Options(trials=60, seconds=60.0, time_limit=30.0)
+"""What a call that tunes on a miss may cost: it waits, so that one candidate that hangs must not take all the time."""
 
 
 def tune(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attnreg.measure import Bench, Candidate, Died, Refusal, Round, Verdict
+from attnreg.measure import Bench, Candidate, Died, Opened, Refusal, Round, Verdict
 from attnreg.tuning.stats import interval, log_ratios
 
 __all__ = ["Evaluator", "Outcome", "paired"]
@@ -17,6 +17,8 @@ ROUNDS = 5
 CLOSE_ROUNDS = 12
 CLOSE = math.log(1.08)
 """A candidate within this of the reference, or faster, is timed for more rounds: the order of the best matters."""
+GIVE_UP = 3.0
+"""One whose calls take this many times as long as the reference is not made ready for timing at all."""
 HOPELESS = 1.5
 """A candidate this many times slower than the reference is not timed further."""
 FASTER = 0.8
@@ -64,11 +66,12 @@ class Evaluator:
             verdict = self.bench.gate(candidate, "quick")
             if not verdict.ok:
                 return Outcome(None, "gate", verdict.reason)
-            opened = self.bench.open(candidate, 3 * self.reference[1] if self.reference else 0.0)
+            give_up = GIVE_UP * self.reference[1] if self.reference else 0.0
+            opened = self.bench.open(candidate, give_up)
             if opened.leak:
                 self._close(candidate)
                 return Outcome(None, "leak", f"leaves {opened.leak} bytes behind at each call", verdict)
-            seconds = self._time(candidate, opened.seconds)
+            seconds = self._far_behind(opened) or self._time(candidate, opened.seconds)
         except Refusal as why:
             self._close(candidate)
             if why.candidate not in (None, candidate) and self.reference is not None:
@@ -78,6 +81,15 @@ class Evaluator:
             return Outcome(None, why.kind if isinstance(why, Died) else "raise", str(why), verdict)
         chosen = self.reference is not None and self.reference[0] == candidate
         return Outcome(seconds, "ok", "", verdict, opened.peak_memory, chosen)
+
+    def _far_behind(self, opened: Opened) -> float | None:
+        """The time of a candidate that `open` gave up, if it is slow by what the reference takes right now."""
+        if self.reference is None or not opened.given_up:
+            return None
+        reference, usual = self.reference
+        now = min(r.seconds[0] for r in self.bench.rounds([reference], 2))
+        ratio = opened.seconds / now
+        return usual * ratio if ratio > HOPELESS else None
 
     def _time(self, candidate: Candidate, roughly: float) -> float:
         if self.reference is None:

@@ -12,6 +12,7 @@ from attnreg.tuning.outcome import Final
 from attnreg.tuning.race import Finish, Lap, race
 from attnreg.tuning.report import Looked, Progress, Refused
 from attnreg.tuning.search import WORST, Search
+from attnreg.tuning.storage import ended, owner
 
 __all__ = ["finals"]
 
@@ -108,18 +109,16 @@ def _full_gate(bench: Bench, study: optuna.Study, candidate: Candidate) -> Verdi
 
 def _keep_lap(study: optuna.Study, lap: Lap, running: list[Candidate], tell: Callable[[Progress], object]) -> None:
     number = sum(name.startswith("lap ") for name in study.user_attrs)
-    study.set_user_attr(f"lap {number}", asdict(lap))
+    study.set_user_attr(f"lap {number} {owner()}", asdict(lap))
     note = f"racing {', '.join(map(str, running[:3]))}"
     tell(Progress("race", number + 1, None, None, note))
 
 
 def _laps(study: optuna.Study) -> list[Lap]:
-    kept = study.user_attrs
-    numbers = sorted(int(name.split()[1]) for name in kept if name.startswith("lap "))
+    """What races of dead processes of this host measured; one that still runs keeps its samples to its own record."""
+    names = [name.split(" ", 2) for name in study.user_attrs if name.startswith("lap ")]
+    kept = [study.user_attrs[" ".join(name)] for name in sorted(names, key=lambda n: int(n[1])) if ended(name[2])]
     return [
-        Lap(
-            tuple(kept[f"lap {n}"]["candidates"]),
-            tuple(Round(tuple(r["seconds"]), tuple(r["quiet"])) for r in kept[f"lap {n}"]["rounds"]),
-        )
-        for n in numbers
+        Lap(tuple(lap["candidates"]), tuple(Round(tuple(r["seconds"]), tuple(r["quiet"])) for r in lap["rounds"]))
+        for lap in kept
     ]

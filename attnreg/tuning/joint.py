@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +16,9 @@ from attnreg.measure import Candidate
 from attnreg.space import SearchSpace, Value
 
 __all__ = ["JointSpace"]
+
+POINTS = 4096
+"""So many valid points tell spaces apart whose constraints changed and their words did not."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,18 @@ class JointSpace:
         return Candidate(backend, config)
 
     def signature(self) -> dict[str, Any]:
-        """Names and values of every space, as plain data: a study belongs to one signature."""
+        """Names and values of every space, as plain data."""
         return {n: {c: list(v) for c, v in space.choices.items()} for n, space in sorted(self.spaces.items())}
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of each space: of its choices, its constraints in words, and its first valid points."""
+        return {name: _digest(space) for name, space in sorted(self.spaces.items())}
+
+
+def _digest(space: SearchSpace) -> str:
+    points = [list(point.values()) for point in itertools.islice(space.points(), POINTS)]
+    parts = [[[c, list(v)] for c, v in space.choices.items()], [text for text, _ in space.constraints], points]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _ordered(values: Any) -> bool:

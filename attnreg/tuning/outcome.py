@@ -36,6 +36,7 @@ def make_report(
     trials: int,
     resumed: int,
     stopped: str,
+    notes: tuple[str, ...],
     elapsed: float,
     confidence: float,
     circumstances: Mapping[str, Any],
@@ -69,6 +70,7 @@ def make_report(
         rounds=finish.rounds if finish is not None else 0,
         dropped=finish.dropped if finish is not None else 0,
         record=record,
+        notes=notes,
     )
 
 

@@ -51,7 +51,7 @@ class TuneReport:
     winner: None where nothing usable was found. ratios: of every other finalist's time over the winner's, with its
     interval at `confidence`. ties: finalists not shown to be slower. looked: usable candidates, fastest first.
     refused: those that failed, with their reason. unsupported: backends that refuse the problem. resumed: how many
-    results came from an earlier, interrupted run. stopped: why the search ended.
+    results came from an earlier, interrupted run. stopped: why the search ended. notes: what else should be known.
     """
 
     problem: Problem

@@ -25,8 +25,8 @@ from attnreg.tuning.finals import finals
 from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.outcome import make_report
 from attnreg.tuning.report import Progress, TuneReport
-from attnreg.tuning.search import ENUMERATE, Search, make_sampler
-from attnreg.tuning.storage import digest, open_storage, open_study
+from attnreg.tuning.search import ENUMERATE, Search
+from attnreg.tuning.studies import note_record, study_of
 
 __all__ = ["Options", "hardware_of", "tune_problem"]
 
@@ -108,7 +108,7 @@ def tune_problem(
         if not setting.backends:
             raise TuneError(f"no backend can run {problem}: {_reasons(setting.unsupported)}")
         space = JointSpace(_spaces(setting))
-        study = _study(setting, space, plan)
+        study, notes = study_of(plan, setting.hardware.slug, setting.versions, space, options.storage, options.seed)
         search = Search(
             study,
             space,
@@ -128,6 +128,7 @@ def tune_problem(
             trials=search.done,
             resumed=resumed,
             stopped=stopped,
+            notes=notes,
             elapsed=time.monotonic() - setting.started,
             confidence=options.confidence,
             circumstances={
@@ -140,6 +141,7 @@ def tune_problem(
             },
         )
         if made.record is not None and options.keep:
+            note_record(study, made.record.date)
             store.current().add(made.record)
         study.set_user_attr("done", {"winner": str(made.winner), "trials": made.trials})
     setting.tell(Progress("done", search.done, None, search.best and (search.best[1], search.best[0])))
@@ -189,25 +191,6 @@ def _spaces(setting: _Setting) -> dict[str, Any]:
             setting.unsupported[name] = (f"its space() raised {type(error).__name__}: {error}",)
             setting.backends = {n: b for n, b in setting.backends.items() if n != name}
     return spaces
-
-
-def _study(setting: _Setting, space: JointSpace, plan: Plan) -> optuna.Study:
-    """The study of exactly this question: problem, machine class, versions, spaces, policy."""
-    about = {
-        "problem": setting.problem.to_json(),
-        "hardware": setting.hardware.slug,
-        "software": {**software(), "backends": setting.versions},
-        "spaces": space.signature(),
-        "policy": [plan.cache, plan.threads],
-    }
-    name = digest(about)
-    where = setting.options.storage
-    if where is None:
-        where = store.data_dir() / "studies" / setting.hardware.slug / f"{name}.journal"
-    study = open_study(open_storage(where), f"attnreg-{name}", make_sampler(setting.options.seed))
-    if "about" not in study.user_attrs:
-        study.set_user_attr("about", {**about, "text": str(setting.problem)})
-    return study
 
 
 def _seeds(setting: _Setting, space: JointSpace) -> list[tuple[Candidate, str]]:

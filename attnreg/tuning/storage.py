@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from attnreg.errors import TuneError
 
-__all__ = ["abandoned", "digest", "open_storage", "open_study", "owner"]
+__all__ = ["abandoned", "digest", "ended", "left_behind", "open_storage", "open_study", "owner"]
 
 STALE_SECONDS = 1800.0
 """A trial of another host that runs for longer than this is taken as abandoned."""
@@ -81,14 +81,22 @@ def _database(url: str) -> RDBStorage:
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
 
 
-def open_study(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    """The unfinished study of that name, or a new generation of it: a finished one is never added to."""
+def open_study(
+    storage: BaseStorage,
+    name: str,
+    sampler: optuna.samplers.BaseSampler,
+    finished: Callable[[optuna.Study], bool] = lambda study: False,
+) -> optuna.Study:
+    """The unfinished study of that name, or a new generation of it: a finished one is never added to.
+
+    finished: says so of a study whose tuner was killed before it could note it.
+    """
     generation = 1
     while True:
         study = optuna.create_study(
             storage=storage, sampler=sampler, study_name=f"{name}#{generation}", load_if_exists=True
         )
-        if "done" not in study.user_attrs:
+        if "done" not in study.user_attrs and not finished(study):
             return study
         generation += 1
 
@@ -108,16 +116,37 @@ def abandoned(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     now = datetime.datetime.now()
     out = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, _, rest = str(trial.user_attrs.get("owner", "")).partition(":")
-        pid, _, started = rest.partition(":")
-        if host == socket.gethostname() and pid.isdigit():
-            gone = _started(int(pid)) != started
-        else:
+        gone = ended(str(trial.user_attrs.get("owner", "")))
+        if gone is None:
             age = (now - trial.datetime_start).total_seconds() if trial.datetime_start else STALE_SECONDS + 1
             gone = age > STALE_SECONDS
         if gone:
             out.append(trial)
     return out
+
+
+def ended(name: str) -> bool | None:
+    """Is the process that `owner` named gone? None where it ran on another host."""
+    host, _, rest = name.partition(":")
+    pid, _, started = rest.partition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return None
+    return _started(int(pid)) != started
+
+
+def left_behind(storage: BaseStorage, study: optuna.Study, prefix: str) -> tuple[dict[str, Any], int] | None:
+    """What the last study before this one was about, and how many results it holds, if it was never finished.
+
+    prefix: what the names of studies of one problem begin with. Another version or space makes another study; what
+    is not gone on with should at least be said.
+    """
+    mine = storage.get_study_id_from_name(study.study_name)
+    ids = {storage.get_study_id_from_name(s.study_name): s for s in storage.get_all_studies()}
+    before = [n for n, s in ids.items() if n < mine and s.study_name.startswith(prefix)]
+    if not before or "done" in ids[max(before)].user_attrs:
+        return None
+    count = storage.get_n_trials(max(before), state=(TrialState.COMPLETE,))
+    return (dict(ids[max(before)].user_attrs.get("about", {})), count) if count else None
 
 
 def _started(pid: int) -> str:

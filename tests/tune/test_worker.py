@@ -66,9 +66,21 @@ def test_the_leak_watch_tells_a_leak_from_a_cache(planted: registry.Registry) ->
 
 
 def test_a_leak_is_found_in_a_candidate_that_is_too_slow_to_time(planted: registry.Registry) -> None:
-    with LocalBench(Plan(PROBLEM)) as bench:
-        assert bench.open(Candidate("planted_leak"), give_up=1e-9).leak >= 2 * 64 * 16 * 4
+    with LocalBench(Plan(PROBLEM, sample_seconds=0.0)) as bench:
+        slow = bench.open(Candidate("planted_leak"), give_up=1e-9)
+        assert slow.given_up
+        assert slow.leak >= 2 * 64 * 16 * 4
         assert bench.open(EAGER, give_up=1e-9).leak == 0
+
+
+def test_what_is_given_up_has_a_known_peak_and_short_calls_are_not_given_up() -> None:
+    large = attention_problem(AttentionSpec(), (2, 2), 1024, 1024, 16)
+    with LocalBench(Plan(large, sample_seconds=0.0)) as bench:
+        made = bench.open(EAGER, give_up=1e-9)
+        assert made.given_up
+        assert made.peak_memory > 2 * 1024 * 1024 * 4  # at least the scores
+    with LocalBench(Plan(PROBLEM, sample_seconds=10.0)) as bench:
+        assert not bench.open(EAGER, give_up=1e-9).given_up  # one call of so short a kernel tells nothing
 
 
 def test_a_leak_is_found_however_slow_the_machine_is(
