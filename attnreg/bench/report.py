@@ -77,20 +77,32 @@ def least_text(claim: Claim) -> str:
     return f"at least {claim.least:g}x {claim.peer}"
 
 
-def markdown(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> str:
-    """A whole run as a document."""
-    lines = [
-        f"Machine: {machine['hardware']}, {machine['threads']} threads, {machine['memory']}; {machine['versions']}.",
-        f"Peaks, measured with each case by {results[0].peaks.how}: {_span(r.peaks.flops / 1e9 for r in results)} "
-        f"GFLOP/s in float32, {_span(r.peaks.read / 1e9 for r in results)} GB/s read. Date: {machine['date']}.",
-        "",
-        f"    {machine['command']}",
-        "",
-        "## Claims",
-        "",
-        "| case | claim | measured | |",
-        "|---|---|---|---|",
-    ]
+HOW = """\
+attnreg against its peers on one machine, by one command. The contestants of a case take turns, in another order each
+round, and a ratio is the median over rounds of a peer's time over ours in the same round, with its 95% interval:
+above 1, attnreg is faster. Each answer is first held to the float64 oracle; a contestant that is wrong is not timed.
+Probes of arithmetic and reading run between the samples, and a round next to a slow one is dropped. The peaks are those
+of a multiply-add loop and of reading memory, measured beside each case; caches are warm, so a share of the read
+bandwidth may pass 100% where part of the keys lies in the last cache.
+"""
+
+
+def markdown(results: Sequence[CaseResult], machine: Mapping[str, Any], extras: Mapping[str, str] | None = None) -> str:
+    """A whole run as a document. extras: more of its output, by heading."""
+    where = f"{machine['hardware']}, {machine['threads']} threads, {machine['memory']}; {machine['versions']}"
+    lines = ["# Benchmarks", "", HOW, f"Machine: {where}. Date: {machine['date']}.", "", f"    {machine['command']}"]
+    if results:
+        peaks = [r.peaks for r in results]
+        lines += [
+            "",
+            f"Peaks, by {peaks[0].how}: {_span(p.flops / 1e9 for p in peaks)} GFLOP/s in float32, "
+            f"{_span(p.read / 1e9 for p in peaks)} GB/s read.",
+            "",
+            "## Claims",
+            "",
+            "| case | claim | measured | |",
+            "|---|---|---|---|",
+        ]
     words = {True: "met", False: "**not met**", None: "not run"}
     lines += [f"| {h.case} | {least_text(h.claim)} | {h.text} | {words[h.met]} |" for h in hold(results)]
     for name in dict.fromkeys(result.suite for result in results):
@@ -99,6 +111,8 @@ def markdown(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> str:
         for result in results:
             if result.suite == name:
                 lines += _rows(result)
+    for heading, text in (extras or {}).items():
+        lines += ["", f"## {heading}", "", "```", text.strip("\n"), "```"]
     return "\n".join(lines) + "\n"
 
 

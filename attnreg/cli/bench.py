@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from attnreg.bench.chart import write_chart
 from attnreg.bench.overhead import measure_overhead
@@ -61,14 +63,11 @@ def bench(
         for name, case in cases:
             results.append(run_case(name, case, options))
             _print_case(results[-1])
+            _write(results, machine, json_file, chart, markdown_file)  # a run takes long, and may be cut off
         _print_claims(results)
-        _write(results, machine, json_file, chart, markdown_file)
-    if "overhead" in wanted:
-        _print_overhead()
-    if "tuner" in wanted:
-        _tuner()
-    if "fp8" in wanted:
-        _fp8()
+    extras = {name: _told(SHOW[name]) for name in EXTRA if name in wanted}
+    if extras and markdown_file is not None:
+        markdown_file.write_text(markdown(results, _machine(hardware), extras))
 
 
 def _wanted(suites: list[str]) -> list[str]:
@@ -158,3 +157,15 @@ def _fp8() -> None:
     from attnreg.bench import fp8
 
     fp8.show(console)
+
+
+SHOW: Mapping[str, Callable[[], None]] = {"overhead": _print_overhead, "tuner": _tuner, "fp8": _fp8}
+"""What is measured beside the suites' cases; each prints its own table."""
+
+
+def _told(show: Callable[[], None]) -> str:
+    """What it prints, which is printed here too; plain text."""
+    with console.capture() as said:
+        show()
+    console.file.write(said.get())
+    return Text.from_ansi(said.get()).plain

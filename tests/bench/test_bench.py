@@ -157,7 +157,9 @@ def test_documents_hold_every_sample_and_say_what_did_not_run(tmp_path: Path) ->
     results = [result("full D64 S2048", sdpa=1.4)]
     data = json.loads(json.dumps(to_json(results, MACHINE)))
     assert data["cases"][0]["contestants"][2] == {"name": "sdpa", "samples": [1.4e-3], "why": ""}
-    text = markdown(results, MACHINE)
+    text = markdown(results, MACHINE, {"tuner": "a table"})
+    assert text.rstrip().endswith("## tuner\n\n```\na table\n```")
+    assert "# Benchmarks" in markdown([], MACHINE)
     assert "| full D64 S2048 | at least 1.35x sdpa | 1.40x (1.26 to 1.54) sdpa | met |" in text
     assert "no compiler" in text
     for end in (".html", ".svg"):
