@@ -243,10 +243,12 @@ def score_gradient(scores, capped, dp, lse, delta, allowed, keep, score, dropout
         kept = 1.0 / (1.0 - dropout.p)
         dropped = tl.where(keep, weights * kept, 0.0)
         dp = tl.where(keep, dp * kept, 0.0)
-    gradient = weights * (dp - delta)
-    if allowed is not None:
-        gradient = tl.where(allowed, gradient, 0.0)
-    bias_gradient = gradient
+    bias_gradient = weights * (dp - delta)
+    gradient = bias_gradient
     if score.softcap is not None:
         gradient = gradient * (1.0 - capped * capped)
+    if allowed is not None:
+        # Last: the softcap of a masked key may be NaN, and 0 * NaN is NaN.
+        gradient = tl.where(allowed, gradient, 0.0)
+        bias_gradient = tl.where(allowed, bias_gradient, 0.0)
     return dropped, gradient, bias_gradient
