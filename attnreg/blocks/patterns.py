@@ -86,7 +86,7 @@ def _joined(*some: Pieces) -> Pieces:
 def _listed(pattern: s.Blocks, at: Context) -> Callable[[Ints, Ints], Pieces]:
     grid, table = at.grid, at.tensors["block_mask"]
     n_b, n_h, n_q, n_kv = table.shape
-    owner, start, end = runs(table.reshape(-1, n_kv))
+    owner, start, end = runs(table.reshape(n_b * n_h * n_q, n_kv))
     first = np.searchsorted(owner, np.arange(n_b * n_h * n_q))
     held = np.searchsorted(owner, np.arange(n_b * n_h * n_q), side="right") - first
 
