@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.testing.bounds import rounding_of
 from attnreg.testing.candidate import GateResult, check_candidate
 from attnreg.testing.inputs import Inputs
 from attnreg.testing.oracle import attend
@@ -19,6 +20,8 @@ __all__ = ["check_dropout", "kept_weights"]
 
 VISIBLE = {torch.float16: 1e-6}
 """Weights below this may round to 0 in the output and count as kept; 1e-30 in dtypes of float32's range."""
+ROUNDED = {torch.float8_e4m3fn: 2.0**-17, torch.float8_e5m2: 2.0**-30}
+"""The same where weights may be rounded to 8 bits: the formats' smallest values at a scale of 2**8 or 2**14."""
 
 
 def check_dropout(run: Callable[..., Any], inputs: Inputs, *, poison: bool = True) -> GateResult:
@@ -77,7 +80,9 @@ def kept_weights(run: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, Tenso
             mine = pick_rows(spec.layout, out, one, rows)[..., :width]
             weights[one.b, :, : one.sq, start : start + width] = mine.double()
             true[one.b, :, : one.sq, start : start + width] = part.out[..., :width]
-    visible = true > VISIBLE.get(p.out_dtype, 1e-30)
+    rounding = rounding_of(p)
+    least = ROUNDED.get(rounding.dtype, 0.0) if rounding is not None else 0.0
+    visible = true > max(VISIBLE.get(p.out_dtype, 1e-30), least)
     return (weights != 0) | ~visible, visible
 
 
@@ -90,7 +95,8 @@ def _one_hot(inputs: Inputs, every: list[Shape], v: Tensor, tensors: Mapping[str
     rows = torch.zeros_like(as_rows(spec, v))
     one_hot = torch.tensor(largest(v.dtype) if stored(v.dtype) else 1.0, device=v.device).to(v.dtype)
     for one in every:
-        at = key_rows(spec, one, v, tensors)[start : start + v.shape[-1]]
+        # Table entries behind what a sequence uses name pages that others do use.
+        at = key_rows(spec, one, v, tensors)[start : min(start + v.shape[-1], one.used)]
         column = torch.arange(len(at), device=v.device)
         rows[at, :, column] = one_hot
     return from_rows(spec, rows, v).contiguous()
