@@ -21,6 +21,7 @@ GIVE_UP = 3.0
 """One whose calls take this many times as long as the reference is not made ready for timing at all."""
 HOPELESS = 1.5
 """A candidate this many times slower than the reference is not timed further."""
+CONFIDENCE = 0.99
 FASTER = 0.8
 """One this much faster takes the reference's place. Not sooner: each change adds its own error to all that follow."""
 
@@ -31,7 +32,8 @@ class Outcome:
 
     seconds: its time, as if taken under the conditions of the first candidate; None if it must not be used.
     kind: "ok", or "gate", "leak", "raise", "crash", "hang", "memory" with the reason. reference: it is what later
-    candidates are timed against.
+    candidates are timed against. least: what it may have taken at the least, by the interval of the same rounds; 0
+    where they were too few for one.
     """
 
     seconds: float | None
@@ -40,10 +42,12 @@ class Outcome:
     verdict: Verdict | None = None
     peak_memory: int = 0
     reference: bool = False
+    least: float = 0.0
 
     def notes(self) -> dict[str, Any]:
         """Plain data to keep with the trial."""
         data: dict[str, Any] = {"kind": self.kind, "reason": self.reason, "peak_memory": self.peak_memory}
+        data["least"] = self.least
         data |= {"reference": True} if self.reference else {}
         return {**data, "verdict": asdict(self.verdict) if self.verdict is not None else None}
 
@@ -71,7 +75,8 @@ class Evaluator:
             if opened.leak:
                 self._close(candidate)
                 return Outcome(None, "leak", f"leaves {opened.leak} bytes behind at each call", verdict)
-            seconds = self._far_behind(opened) or self._time(candidate, opened.seconds)
+            far = self._far_behind(opened)
+            seconds, least = (far, far) if far is not None else self._time(candidate, opened.seconds)
         except Refusal as why:
             self._close(candidate)
             if why.candidate not in (None, candidate) and self.reference is not None:
@@ -80,7 +85,7 @@ class Evaluator:
                 return self.evaluate(candidate)
             return Outcome(None, why.kind if isinstance(why, Died) else "raise", str(why), verdict)
         chosen = self.reference is not None and self.reference[0] == candidate
-        return Outcome(seconds, "ok", "", verdict, opened.peak_memory, chosen)
+        return Outcome(seconds, "ok", "", verdict, opened.peak_memory, chosen, least)
 
     def _far_behind(self, opened: Opened) -> float | None:
         """The time of a candidate that `open` gave up, if it is slow by what the reference takes right now."""
@@ -91,12 +96,13 @@ class Evaluator:
         ratio = opened.seconds / now
         return usual * ratio if ratio > HOPELESS else None
 
-    def _time(self, candidate: Candidate, roughly: float) -> float:
+    def _time(self, candidate: Candidate, roughly: float) -> tuple[float, float]:
+        """Its seconds, and what it may have taken at the least."""
         if self.reference is None:
             rounds = self.bench.rounds([candidate], CLOSE_ROUNDS)
             seconds = _median([r.seconds[0] for r in rounds if r.quiet[0]] or [r.seconds[0] for r in rounds])
             self.reference = (candidate, seconds)
-            return seconds
+            return seconds, seconds
         reference, usual = self.reference
         # One bad first sample must not cast out a good candidate: two, with the roughly known time, may.
         rounds = self.bench.rounds([reference, candidate], 2)
@@ -109,12 +115,12 @@ class Evaluator:
             ratio = _ratio(rounds)
         if ratio >= FASTER:
             self._close(candidate)
-            return usual * ratio
+            return usual * ratio, usual * math.exp(interval(paired(rounds, 1, 0), CONFIDENCE)[0])
         # Fresh rounds: those that made it look fastest were lucky ones, and its error goes into all that follow.
         seconds = usual * _ratio(self.bench.rounds([reference, candidate], CLOSE_ROUNDS))
         self._close(reference)
         self.reference = (candidate, seconds)
-        return seconds
+        return seconds, seconds
 
     def _close(self, candidate: Candidate) -> None:
         with contextlib.suppress(Refusal):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import optuna
 
 from attnreg.measure import Bench, Candidate, Refusal, Round, Verdict
+from attnreg.tuning.moves import WORST
 from attnreg.tuning.outcome import Final
 from attnreg.tuning.race import Finish, Lap, race
 from attnreg.tuning.report import Looked, Progress, Refused
-from attnreg.tuning.search import WORST, Search
+from attnreg.tuning.search import Search
+from attnreg.tuning.stats import least_rounds
 from attnreg.tuning.storage import ended, owner
 
-__all__ = ["finals"]
+__all__ = ["field_of", "finals"]
 
 FINALISTS = 12
 CLOSE = 1.10
@@ -22,6 +25,11 @@ CLOSE = 1.10
 RIVAL = 1.6
 """The best of another backend goes too, within this factor: a record should say by how much it lost."""
 RACE_SECONDS = 30.0
+PLATEAU = 1.02
+"""Candidates within this factor cannot be told apart by a search's few rounds: as many more go as cost little."""
+MOST = 32
+MORE_SECONDS = 8.0
+"""What the full gates of those, and their first lap, may take each."""
 
 
 def finals(
@@ -36,8 +44,12 @@ def finals(
     looked, refused = _looked(search)
     verdicts: dict[str, Verdict] = {}
     finalists: list[Candidate] = []
-    for entry in _finalists(looked):
+    entered = field_of(looked)
+    gate_until = time.monotonic() + min(MORE_SECONDS, 0.25 * seconds_left)
+    for entry in (*entered, *_more(looked, entered)):
         candidate = entry.candidate
+        if entry not in entered and time.monotonic() > gate_until:
+            break
         tell(Progress("gate", len(finalists), FINALISTS, (candidate, entry.seconds), "full gate"))
         verdict = _full_gate(bench, study, candidate)
         if verdict.ok:
@@ -74,24 +86,39 @@ def _looked(search: Search) -> tuple[list[Looked], list[Refused]]:
         seen.add(candidate.key)
         attrs = trial.user_attrs
         if trial.value < WORST:
-            looked.append(Looked(candidate, trial.value, attrs.get("why", ""), attrs.get("peak_memory", 0)))
+            about = (attrs.get("why", ""), attrs.get("peak_memory", 0), attrs.get("least", 0.0))
+            looked.append(Looked(candidate, trial.value, *about))
         else:
             refused.append(Refused(candidate, attrs.get("kind", "gate"), attrs.get("reason", "")))
     return sorted(looked, key=lambda x: x.seconds), refused
 
 
-def _finalists(looked: list[Looked]) -> list[Looked]:
-    """Those near the fastest, and the best of each other backend that is not far off."""
+def field_of(looked: Sequence[Looked]) -> list[Looked]:
+    """Who races, of usable candidates fastest first: those near the fastest; the best of each other backend, and what
+    a record chose, where they are not far off."""
     if not looked:
         return []
     fastest = looked[0].seconds
     chosen = [x for x in looked if x.seconds <= CLOSE * fastest][:FINALISTS]
     backends = {x.candidate.backend for x in chosen}
     for x in looked:
-        if x.candidate.backend not in backends and x.seconds <= RIVAL * fastest:
+        if x in chosen or x.seconds > RIVAL * fastest:
+            continue
+        if x.candidate.backend not in backends or x.why == "record":
             backends.add(x.candidate.backend)
             chosen.append(x)
-    return chosen if len(chosen) > 1 else looked[:2]
+    return chosen if len(chosen) > 1 else list(looked[:2])
+
+
+def _more(looked: Sequence[Looked], entered: Sequence[Looked]) -> list[Looked]:
+    """Others of the plateau, as many as a first lap has time for."""
+    near = [x for x in looked if x.seconds <= PLATEAU * looked[0].seconds and x not in entered] if looked else []
+    lap = sum(least_rounds(0.9999) * max(x.seconds, 4e-3) for x in entered)
+    count = 0
+    for x in near:
+        lap += least_rounds(0.9999) * max(x.seconds, 4e-3)
+        count += lap <= MORE_SECONDS
+    return near[: min(count, max(MOST - len(entered), 0))]
 
 
 def _full_gate(bench: Bench, study: optuna.Study, candidate: Candidate) -> Verdict:

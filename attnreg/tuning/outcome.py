@@ -11,7 +11,7 @@ from typing import Any
 from attnreg.measure import Verdict
 from attnreg.problem import Problem
 from attnreg.records import Gate, Policy, Record, Rival
-from attnreg.tuning.race import Finish
+from attnreg.tuning.race import TIE, Finish
 from attnreg.tuning.report import Looked, Refused, TuneReport
 from attnreg.tuning.stats import Interval
 
@@ -71,6 +71,7 @@ def make_report(
         dropped=finish.dropped if finish is not None else 0,
         record=record,
         notes=notes,
+        level=_level(finish, final.looked) if finish is not None else (),
     )
 
 
@@ -87,6 +88,14 @@ def _rivals(
     order = sorted(finish.ratios, key=lambda key: finish.ratios[key][1])
     ties = tuple(rival(c.key) for c in sorted(finish.ties, key=lambda c: c.key))
     return (rival(order[0]) if order else None), ties
+
+
+def _level(finish: Finish, looked: Sequence[Looked]) -> tuple[Looked, ...]:
+    """Who did not race, and was not shown to be slower than the winner by the rounds of the search."""
+    won = next((x for x in looked if x.candidate == finish.winner), None)
+    raced = {finish.winner.key, *finish.ratios, *finish.broke}
+    rest = [x for x in looked if x.candidate.key not in raced and x.least] if won is not None else []
+    return tuple(x for x in rest if won and (x.least <= won.seconds or x.seconds <= won.seconds * math.exp(TIE)))
 
 
 def _ratio(interval: Interval) -> tuple[float, ...]:

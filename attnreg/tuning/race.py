@@ -13,7 +13,7 @@ from attnreg.records import Quantiles
 from attnreg.tuning.evaluate import paired
 from attnreg.tuning.stats import Interval, interval, least_rounds
 
-__all__ = ["Finish", "Lap", "race"]
+__all__ = ["TIE", "Finish", "Lap", "race"]
 
 TIE = math.log(1.01)
 """Differences below one per cent are no difference: they do not survive a reboot."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +20,7 @@ from attnreg.hardware import detect
 from attnreg.measure import Candidate, Plan, Refusal, Worker
 from attnreg.problem import Problem
 from attnreg.records import software
-from attnreg.space import Config, SearchSpace
+from attnreg.space import Config, SearchSpace, Value
 from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.stats import interval, log_ratios
 
@@ -48,8 +50,12 @@ class Recording:
         valid = {c.key for c, _ in self.points}
         return JointSpace({name: _recorded(name, choices, valid) for name, choices in self.spaces.items()})
 
-    def truth(self) -> dict[str, float]:
+    def truth(self) -> Mapping[str, float]:
         """Time of each usable candidate by key: drift by rounds taken out, estimated as a race does."""
+        return self._truth
+
+    @functools.cached_property
+    def _truth(self) -> Mapping[str, float]:
         usable = [(c.key, times) for c, times in self.points if times]
         speeds = [statistics.median(one) for one in zip(*(times for _, times in usable), strict=True)]
         scale = statistics.median(speeds)
@@ -88,16 +94,17 @@ def record_space(
     threads: int = 0,
     sample_seconds: float = 8e-3,
     time_limit: float = 120.0,
+    only: Mapping[str, Sequence[Value]] = types.MappingProxyType({}),
     on_progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
 ) -> Recording:
     """Gate and time every point of the joint space of these backends.
 
     rounds: of every point, so many that the best is known to well under one per cent. threads: torch's, 0 for what
-    it has.
+    it has. only: of a choice of that name, these values: a space of thousands of points takes hours.
     """
     hardware = detect(problem.device)
     entries = registry.current().entries
-    spaces = {b: entries[b].backend.space(problem, hardware) for b in backends}
+    spaces = {b: _narrowed(entries[b].backend.space(problem, hardware), only) for b in backends}
     joint = JointSpace(spaces)
     every = list(joint.points())
     usable: list[Candidate] = []
@@ -146,6 +153,15 @@ def recordings(folder: Path | None = None) -> list[Recording]:
     """The recordings in a folder; those that come with attnreg unless one is given."""
     root = folder if folder is not None else Path(str(files("attnreg.tuning"))) / "replays"
     return [Recording.from_json(json.loads(path.read_text())) for path in sorted(root.glob("*.json"))]
+
+
+def _narrowed(space: SearchSpace, only: Mapping[str, Sequence[Value]]) -> SearchSpace:
+    """The space with fewer values; its default is the first of the default and the seeds that is left."""
+    choices = {name: [v for v in values if v in only.get(name, values)] for name, values in space.choices.items()}
+    starts = [dict(s) for s in (space.default, *space.seeds) if all(s[name] in choices[name] for name in choices)]
+    if not starts:
+        raise RecordError(f"only: neither the default nor a seed lies in {choices}")
+    return replace(space, choices=choices, default=starts[0], seeds=starts[1:])
 
 
 def _recorded(name: str, choices: dict[str, list[Any]], valid: set[str]) -> SearchSpace:

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from attnreg.measure import About, Candidate, Opened, Round, Verdict
 from attnreg.tuning.evaluate import Evaluator
-from attnreg.tuning.finals import CLOSE, FINALISTS
+from attnreg.tuning.finals import field_of
 from attnreg.tuning.race import race
 from attnreg.tuning.recording import Recording, recordings
+from attnreg.tuning.report import Looked
 from attnreg.tuning.search import Search, make_sampler
 
 __all__ = ["ReplayBench", "Row", "compare", "replay", "replay_random", "show"]
@@ -145,8 +146,8 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
     """Race the best few, and compare the winner with the best of the whole space."""
     if not found:
         return math.inf
-    found.sort(key=lambda pair: pair[0])
-    finalists = [c for seconds, c in found if seconds <= CLOSE * found[0][0]][:FINALISTS]
+    looked = [Looked(c, seconds, "") for seconds, c in sorted(found, key=lambda pair: pair[0])]
+    finalists = [x.candidate for x in field_of(looked)]
     finish = race(bench, finalists, {})
     truth = recording.truth()
     assert finish is not None, "a recording does not break"

@@ -25,12 +25,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Looked:
-    """A usable candidate: seconds a call, why it was tried, peak bytes."""
+    """A usable candidate: seconds a call, why it was tried, peak bytes, seconds that it may have taken at the least."""
 
     candidate: Candidate
     seconds: float
     why: str
     peak_memory: int = 0
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class TuneReport:
     """The result of tuning one problem.
 
     winner: None where nothing usable was found. ratios: of every other finalist's time over the winner's, with its
-    interval at `confidence`. ties: finalists not shown to be slower. looked: usable candidates, fastest first.
+    interval at `confidence`. ties: finalists not shown to be slower. level: others, which the race had no room
+    for and the search did not show to be slower. looked: usable candidates, fastest first.
     refused: those that failed, with their reason. unsupported: backends that refuse the problem. resumed: how many
     results came from an earlier, interrupted run. stopped: why the search ended. notes: what else should be known.
     """
@@ -72,14 +74,18 @@ class TuneReport:
     dropped: int
     record: Record | None = None
     notes: tuple[str, ...] = field(default=())
+    level: tuple[Looked, ...] = field(default=())
 
     def agrees(self, other: TuneReport) -> bool:
         """Do two tunes of one problem pick the same, or does one name the other's pick as a tie?"""
         if self.winner is None or other.winner is None:
             return self.winner is other.winner
-        mine = {self.winner.key, *(Candidate(t.backend, t.config).key for t in self.ties)}
-        theirs = {other.winner.key, *(Candidate(t.backend, t.config).key for t in other.ties)}
-        return self.winner.key in theirs or other.winner.key in mine
+        return self.winner.key in other._named() or other.winner.key in self._named()
+
+    def _named(self) -> set[str]:
+        """Keys of the winner and of what it ties with."""
+        named = [*(Candidate(t.backend, t.config) for t in self.ties), *(x.candidate for x in self.level)]
+        return {c.key for c in (*named, self.winner) if c is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -90,6 +96,7 @@ class TuneReport:
             "confidence": self.confidence,
             "runner_up": None if self.runner_up is None else _rival(self.runner_up),
             "ties": [_rival(t) for t in self.ties],
+            "level": [{**_candidate(x.candidate), "seconds": x.seconds} for x in self.level],
             "looked": [{**_candidate(x.candidate), "seconds": x.seconds, "why": x.why} for x in self.looked],
             "refused": [{**_candidate(r.candidate), "kind": r.kind, "reason": r.reason} for r in self.refused],
             "unsupported": {name: list(why) for name, why in self.unsupported.items()},
@@ -112,6 +119,8 @@ class TuneReport:
         if self.runner_up is not None:
             lines.append(f"runner-up  {_rival_text(self.runner_up)}")
         lines += [f"tie        {_rival_text(t)}" for t in self.ties]
+        if self.level:
+            lines.append(f"level      {len(self.level)} more by the search, which the race had no room for")
         resumed = f", resumed {self.resumed} trials" if self.resumed else ""
         lines.append(f"search     {self.trials} trials{resumed}; {self.stopped}; {self.elapsed:.1f} s")
         clock = f"{self.rounds} rounds, {self.dropped} samples dropped as disturbed"

@@ -13,24 +13,23 @@ from optuna.trial import TrialState
 
 from attnreg.measure import Candidate
 from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.moves import WORST, Found, Moves
 from attnreg.tuning.storage import abandoned, owner
 
 __all__ = ["ENUMERATE", "Proposal", "Search", "make_sampler"]
 
 ENUMERATE = 200
 """Spaces of at most this many points are looked at whole."""
-ELITE = 8
-FAR = 3.0
-"""A backend whose best is this many times slower than the best of all is not climbed."""
 PAYS = 0.995
 """An improvement must be at least this factor to count as one."""
-WORST = 1e6
-"""Seconds told for what cannot be used; its violated constraint, not this number, is what the sampler learns from."""
+SAMPLED = ("elite", "tpe", "mutant", "random")
+"""Ways that count: so many candidates in a row that did not pay end the search."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate to look at, and why: "default", "seed", "neighbour", "static", "descent", "tpe", "random", "all"."""
+    """A candidate to look at, and why: "default", "seed", "neighbour", "static", "descent", "elite", "tpe",
+    "mutant", "random", "all"."""
 
     candidate: Candidate
     why: str
@@ -62,10 +61,8 @@ class Search:
         self.patience = patience if patience is not None else min(max(space.count(1024) // 8, 32), 64)
         self.rng = random.Random(seed)
         self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
-        self.seen: dict[str, float] = {}
-        self.best: tuple[float, Candidate] | None = None
-        self.usable: dict[Candidate, float] = {}
-        self.tops: dict[str, tuple[float, Candidate]] = {}
+        self.found = Found()
+        self.moves = Moves(space, self.found, self._fresh, self.rng)
         self._idle = 0
         self._queue: list[tuple[Candidate, str]] = list(seeds)
         self._followed: set[int] = set()
@@ -76,6 +73,16 @@ class Search:
             rest = list(space.points())
             self.rng.shuffle(rest)  # a budget that ends early should not always miss the same end
             self._queue += [(c, "all") for c in rest]
+
+    @property
+    def seen(self) -> dict[str, float]:
+        """Seconds of what was looked at, by key; WORST for what must not be used."""
+        return self.found.seen
+
+    @property
+    def best(self) -> tuple[float, Candidate] | None:
+        """The fastest so far."""
+        return self.found.best
 
     @property
     def done(self) -> int:
@@ -107,7 +114,7 @@ class Search:
                 return candidate, why
         if self.whole:
             return None
-        return self._descend() or self._sample()
+        return self.moves.descend() or self._sample()
 
     def tell(self, proposal: Proposal, seconds: float | None, **notes: Any) -> None:
         """Keep a result: seconds a call, or None for a candidate that must not be used. notes: plain data to keep."""
@@ -137,14 +144,9 @@ class Search:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def _note(self, candidate: Candidate, seconds: float | None, why: str) -> None:
-        self.seen[candidate.key] = WORST if seconds is None else seconds
         paid = seconds is not None and (self.best is None or seconds < PAYS * self.best[0])
-        if seconds is not None:
-            self.usable[candidate] = seconds
-            self.best = min(self.best or (seconds, candidate), (seconds, candidate), key=lambda top: top[0])
-            known = self.tops.get(candidate.backend, (seconds, candidate))
-            self.tops[candidate.backend] = min(known, (seconds, candidate), key=lambda top: top[0])
-        if why in ("tpe", "random", "descent"):
+        self.found.note(candidate, seconds)
+        if why in ("descent", *SAMPLED):
             self._idle = 0 if paid else self._idle + (why != "descent")
 
     def _follow(self) -> None:
@@ -198,23 +200,20 @@ class Search:
             if candidate is not None:
                 self._queue.insert(0, (candidate, "again"))
 
-    def _descend(self) -> tuple[Candidate, str] | None:
-        """An untried neighbour of a backend's best, if one is left; the fastest backend first.
-
-        Each backend that is not far off climbs to its own top: the best by default need not be the best when tuned.
-        """
-        for seconds, candidate in sorted(self.tops.values(), key=lambda top: top[0]):
-            if self.best is not None and seconds > FAR * self.best[0]:
-                break
-            near = [c for c in self.space.neighbours(candidate) if self._fresh(c)]
-            if near:
-                return self.rng.choice(near), "descent"
-        return None
-
     def _sample(self) -> tuple[Candidate, str] | None:
-        """What TPE says; what it repeats or breaks a constraint with is replaced by a mutant or a random point."""
+        """Past the tops of the backends: beside the other elites, what TPE says, and mutants, in turn."""
         if self._idle >= self.patience:
             return None
+        ways = (self.moves.beside_elites, self._by_model, self.moves.mutant)
+        turn = self.done % len(ways)
+        for way in (*ways[turn:], *ways[:turn], self.moves.anywhere):
+            found = way()
+            if found is not None:
+                return found
+        return None
+
+    def _by_model(self) -> tuple[Candidate, str] | None:
+        """What TPE says, unless it repeats itself or breaks a constraint."""
         for _ in range(8):
             trial = self._quietly_ask()
             waited = _candidate_of(trial)
@@ -224,21 +223,7 @@ class Search:
                 return waited, trial.user_attrs["why"]
             if self._fresh(candidate):
                 return candidate, "tpe"
-        for n in range(400):
-            candidate = self._mutant() if n % 2 else self.space.sample(self.rng)
-            if self._fresh(candidate):
-                return candidate, "random"
         return None
-
-    def _mutant(self) -> Candidate:
-        """One of the best with two of its choices drawn anew: near, and past what one step reaches."""
-        ranked = sorted(self.usable.items(), key=lambda item: item[1])[:ELITE]
-        if not ranked:
-            return self.space.sample(self.rng)
-        parent = self.rng.choice(ranked)[0]
-        choices = self.space.spaces[parent.backend].choices
-        names = self.rng.sample(sorted(choices), min(2, len(choices)))
-        return Candidate(parent.backend, {**parent.config, **{n: self.rng.choice(list(choices[n])) for n in names}})
 
     def _fresh(self, candidate: Candidate) -> bool:
         new = candidate.key not in self.seen and candidate.key not in self._taken
