@@ -166,3 +166,20 @@ def test_one_gradient_alone() -> None:
 def test_refusals_name_the_reason(change: dict[str, object], words: str) -> None:
     reasons = SPARSE.supports(replace(problem(AttentionSpec()), **change), HARDWARE)  # type: ignore[arg-type]  # by name
     assert any(words in reason for reason in reasons), reasons
+
+
+def test_masked_keys_leave_no_trace_under_a_softcap() -> None:
+    """Logits of masked keys overflow to inf and inf - inf, whose tanh has no gradient: gradients stay finite."""
+    spec = AttentionSpec(mask=masks.Dilated(5, 2), softcap=10.0, bias=True)
+    asked = problem(spec, sq=17, skv=40, dtype="bfloat16", grads=frozenset({"q", "k", "v", "bias"}))
+    inputs = make_inputs(asked, "huge")
+    k = inputs.k.detach().clone()
+    k[..., ::2] = torch.where(k.abs() > 1e30, -k, k)[..., ::2]  # both signs in a row: their sum is inf - inf
+    inputs = replace(inputs, k=k.requires_grad_())
+    result = check_candidate(SPARSE.prepare(asked, SPARSE.space(asked, HARDWARE).default), inputs)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize(("sq", "skv"), [(0, 0), (0, 20), (20, 0)])
+def test_block_mask_of_nothing(sq: int, skv: int) -> None:
+    judge(problem(AttentionSpec(sparsity=sparsity.Blocks(8, 16), return_lse=True), sq=sq, skv=skv))
