@@ -22,7 +22,7 @@ ENUMERATE = 200
 """Spaces of at most this many points are looked at whole."""
 PAYS = 0.995
 """An improvement must be at least this factor to count as one."""
-SAMPLED = ("elite", "tpe", "mutant", "random")
+SAMPLED = ("tpe", "mutant", "random")
 """Ways that count: so many candidates in a row that did not pay end the search."""
 
 
@@ -41,7 +41,7 @@ class Search:
 
     space: what to search. seeds: (candidate, why) to try first. limit: stop after so many candidates. enumerate_up_to:
     spaces no larger are looked at whole. patience: stop after so many sampled candidates in a row that did not pay,
-    once no neighbour of a backend's best is left; by default an eighth of the space, but 32 to 64.
+    once no neighbour of the best few is left; by default a quarter of the space, but 48 to 128.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Search:
         self.study = study
         self.space = space
         self.limit = limit
-        self.patience = patience if patience is not None else min(max(space.count(1024) // 8, 32), 64)
+        self.patience = patience if patience is not None else min(max(space.count(1024) // 4, 48), 128)
         self.rng = random.Random(seed)
         self.whole = space.count(enumerate_up_to + 1) <= enumerate_up_to
         self.found = Found()
@@ -146,8 +146,8 @@ class Search:
     def _note(self, candidate: Candidate, seconds: float | None, why: str) -> None:
         paid = seconds is not None and (self.best is None or seconds < PAYS * self.best[0])
         self.found.note(candidate, seconds)
-        if why in ("descent", *SAMPLED):
-            self._idle = 0 if paid else self._idle + (why != "descent")
+        if why in ("descent", "elite", *SAMPLED):
+            self._idle = 0 if paid else self._idle + (why in SAMPLED)
 
     def _follow(self) -> None:
         """Take note of what other processes on this study found, and of what they are at."""
@@ -201,9 +201,13 @@ class Search:
                 self._queue.insert(0, (candidate, "again"))
 
     def _sample(self) -> tuple[Candidate, str] | None:
-        """Past the tops of the backends: beside the other elites, what TPE says, and mutants, in turn."""
+        """Past the tops of the backends: beside the other elites, what TPE says, and mutants, in turn.
+
+        Where the last of these do not pay, what lies beside the elites is looked at to its end: two searches that
+        stop on one plateau should have seen the same of it.
+        """
         if self._idle >= self.patience:
-            return None
+            return self.moves.beside_elites()
         ways = (self.moves.beside_elites, self._by_model, self.moves.mutant)
         turn = self.done % len(ways)
         for way in (*ways[turn:], *ways[:turn], self.moves.anywhere):
