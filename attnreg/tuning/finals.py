@@ -17,7 +17,7 @@ from attnreg.tuning.search import Search
 from attnreg.tuning.stats import least_rounds
 from attnreg.tuning.storage import ended, owner
 
-__all__ = ["field_of", "finals"]
+__all__ = ["field_of", "finals", "more_of"]
 
 FINALISTS = 12
 CLOSE = 1.10
@@ -25,8 +25,8 @@ CLOSE = 1.10
 RIVAL = 1.6
 """The best of another backend goes too, within this factor: a record should say by how much it lost."""
 RACE_SECONDS = 30.0
-PLATEAU = 1.02
-"""Candidates within this factor cannot be told apart by a search's few rounds: as many more go as cost little."""
+PLATEAU = 1.05
+"""Within this factor candidates may be level: a search favours the lucky. More of them go, if they cost little."""
 MOST = 32
 MORE_SECONDS = 8.0
 """What the full gates of those, and their first lap, may take each."""
@@ -46,7 +46,7 @@ def finals(
     finalists: list[Candidate] = []
     entered = field_of(looked)
     gate_until = time.monotonic() + min(MORE_SECONDS, 0.25 * seconds_left)
-    for entry in (*entered, *_more(looked, entered)):
+    for entry in (*entered, *more_of(looked, entered)):
         candidate = entry.candidate
         if entry not in entered and time.monotonic() > gate_until:
             break
@@ -110,7 +110,7 @@ def field_of(looked: Sequence[Looked]) -> list[Looked]:
     return chosen if len(chosen) > 1 else list(looked[:2])
 
 
-def _more(looked: Sequence[Looked], entered: Sequence[Looked]) -> list[Looked]:
+def more_of(looked: Sequence[Looked], entered: Sequence[Looked]) -> list[Looked]:
     """Others of the plateau, as many as a first lap has time for."""
     near = [x for x in looked if x.seconds <= PLATEAU * looked[0].seconds and x not in entered] if looked else []
     lap = sum(least_rounds(0.9999) * max(x.seconds, 4e-3) for x in entered)

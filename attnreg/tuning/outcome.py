@@ -15,7 +15,7 @@ from attnreg.tuning.race import TIE, Finish
 from attnreg.tuning.report import Looked, Refused, TuneReport
 from attnreg.tuning.stats import Interval
 
-__all__ = ["Final", "make_report"]
+__all__ = ["Final", "level_with", "make_report"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def make_report(
         dropped=finish.dropped if finish is not None else 0,
         record=record,
         notes=notes,
-        level=_level(finish, final.looked) if finish is not None else (),
+        level=level_with(finish, final.looked) if finish is not None else (),
     )
 
 
@@ -90,7 +90,7 @@ def _rivals(
     return (rival(order[0]) if order else None), ties
 
 
-def _level(finish: Finish, looked: Sequence[Looked]) -> tuple[Looked, ...]:
+def level_with(finish: Finish, looked: Sequence[Looked]) -> tuple[Looked, ...]:
     """Who did not race, and was not shown to be slower than the winner by the rounds of the search."""
     won = next((x for x in looked if x.candidate == finish.winner), None)
     raced = {finish.winner.key, *finish.ratios, *finish.broke}

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from attnreg.measure import About, Candidate, Opened, Round, Verdict
 from attnreg.tuning.evaluate import Evaluator
-from attnreg.tuning.finals import field_of
+from attnreg.tuning.finals import field_of, more_of
 from attnreg.tuning.race import race
 from attnreg.tuning.recording import Recording, recordings
 from attnreg.tuning.report import Looked
@@ -147,7 +147,8 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
     if not found:
         return math.inf
     looked = [Looked(c, seconds, "") for seconds, c in sorted(found, key=lambda pair: pair[0])]
-    finalists = [x.candidate for x in field_of(looked)]
+    field = field_of(looked)
+    finalists = [x.candidate for x in (*field, *more_of(looked, field))]
     finish = race(bench, finalists, {})
     truth = recording.truth()
     assert finish is not None, "a recording does not break"

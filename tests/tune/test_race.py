@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from fake_bench import FakeBench, refuse
 from scipy.stats import wilcoxon
 
 from attnreg.evidence import memory_class
-from attnreg.measure import Candidate, Died, Round
+from attnreg.measure import Candidate, Died, Opened, Round
 from attnreg.tuning.evaluate import Evaluator, paired
+from attnreg.tuning.finals import field_of, more_of
+from attnreg.tuning.outcome import level_with
 from attnreg.tuning.race import race
+from attnreg.tuning.report import Looked
 from attnreg.tuning.stats import interval, least_rounds
 
 A, B, C = Candidate("a"), Candidate("b"), Candidate("b", {"x": 2})
@@ -168,3 +172,58 @@ def test_a_reference_that_breaks_does_not_take_the_candidate_along() -> None:
     assert outcome.kind == "ok"
     assert evaluator.reference is not None
     assert evaluator.reference[0] == B
+
+
+def test_a_candidate_far_behind_is_not_timed_in_rounds_and_its_memory_is_known() -> None:
+    class Reluctant(FakeBench):
+        def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
+            made = super().open(candidate, give_up)
+            return replace(made, given_up=bool(give_up) and made.seconds > give_up)
+
+    made = Reluctant(lambda c: {"a": 1.0, "b": 4.0}[c.backend], noise=0.005, memory=lambda c: 5 << 20)
+    evaluator = Evaluator(made)
+    evaluator.evaluate(A)
+    made.timed.clear()
+    outcome = evaluator.evaluate(B)
+    assert outcome.seconds == pytest.approx(4.0, rel=0.8)  # against the reference's time right now
+    assert outcome.peak_memory == 5 << 20
+    assert B.key not in made.timed
+
+
+def test_what_the_machine_slowed_down_is_not_given_up_as_slow() -> None:
+    """All calls take four times as long for a while: the reference does too."""
+
+    class Slowed(FakeBench):
+        def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
+            return replace(super().open(candidate, give_up), seconds=4.4, given_up=bool(give_up))
+
+        def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
+            return [Round(tuple(4 * s for s in r.seconds), r.quiet) for r in super().rounds(candidates, count)]
+
+    made = Slowed(lambda c: {"a": 1.0, "b": 0.9}[c.backend], noise=0.005, drift=0.0)
+    made.gated = [A.key]
+    outcome = Evaluator(made, (A, 1.0)).evaluate(B)
+    assert outcome.seconds == pytest.approx(0.9, rel=0.02)
+    assert 0.8 < outcome.least <= outcome.seconds
+
+
+def test_who_races_and_who_is_named_level_without() -> None:
+    looked = [Looked(Candidate("a", {"n": n}), 1 + 0.001 * n, "seed", 0, 0.99) for n in range(60)]
+    looked += [
+        Looked(C, 1.4, "record", 0, 1.39),
+        Looked(B, 1.5, "seed", 0, 1.4),
+        Looked(Candidate("b", {"x": 3}), 1.55, "tpe"),
+    ]
+    field = field_of(looked)
+    assert [x.candidate for x in field[:12]] == [x.candidate for x in looked[:12]]
+    assert {x.candidate.key for x in field[12:]} == {C.key}  # what the record chose is the best of b as well
+    more = more_of(looked, field)
+    assert [x.candidate for x in more] == [x.candidate for x in looked[12 : 12 + len(more)]]
+    assert len(field) + len(more) <= 32
+    times = {x.candidate.key: x.seconds for x in looked}
+    finish = race(bench(times, noise=0.003), [x.candidate for x in field], {})
+    assert finish is not None
+    level = level_with(finish, looked)
+    assert {x.candidate.key for x in level} == {x.candidate.key for x in looked[12:60]}
+    slower = [replace(x, least=x.seconds - 0.001) for x in looked]
+    assert {x.candidate.key for x in level_with(finish, slower)} <= {x.candidate.key for x in looked[12:24]}
