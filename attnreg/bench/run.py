@@ -32,8 +32,12 @@ OURS = "attnreg"
 DOCUMENTS = 8
 PAIRS = 1 << 22
 """Score entries that a peer's check against the oracle looks at."""
-SETTLE = 0.02
-"""Seconds of rest after a sample: other runtimes' threads spin for a while, for which the next one must not pay."""
+REST = 2.0
+"""Most seconds to wait after a sample until all threads of the process are at rest: those of other runtimes go on
+spinning after a call, for which the next contestant must not pay (measured: ONNX Runtime's doubled its time)."""
+LOOK = 0.01
+IDLE = 0.1
+"""A process that used less than this share of one processor while it slept for LOOK is at rest."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _rounds(
             if name in slow and kept >= 2:
                 continue
             now[name] = clock.sample(ready[name], rough[name])
-            time.sleep(SETTLE)
+            _rest()
             quiet = probes.quiet() and quiet
         last_chance = turn + options.rounds - kept > options.rounds * options.patience
         if quiet or last_chance:
@@ -197,6 +201,16 @@ def _rounds(
                 samples[name].append(seconds)
         dropped += not quiet
     return samples, dropped
+
+
+def _rest() -> None:
+    """Wait until no thread of this process runs, at most REST seconds."""
+    end = time.perf_counter() + REST
+    while time.perf_counter() < end:
+        before = time.process_time(), time.perf_counter()
+        time.sleep(LOOK)
+        if time.process_time() - before[0] < IDLE * (time.perf_counter() - before[1]):
+            return
 
 
 def _ratio(peer: Sequence[float], ours: Sequence[float], confidence: float) -> Interval:
