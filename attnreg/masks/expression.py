@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -65,7 +67,7 @@ class Mask(Node):
             raise MissingTensorError(name, f"{self!r} needs it to be drawn; pass {name}=")
 
 
-def _compose(kind: type[And] | type[Or], left: Mask, right: object) -> Mask:
+def _compose(kind: type[Composition], left: Mask, right: object) -> Mask:
     if not isinstance(right, Mask):
         raise SpecError(f"mask: {left!r} composes with another mask expression, got {right!r}")
     of: list[Mask] = []
@@ -76,50 +78,53 @@ def _compose(kind: type[And] | type[Or], left: Mask, right: object) -> Mask:
     return of[0] if len(of) == 1 else kind(tuple(of))
 
 
-@dataclass(frozen=True)
-class And(Mask):
+@dataclass(frozen=True, repr=False)
+class Composition(Mask):
+    """Mask expressions joined by one operator."""
+
+    of: tuple[Mask, ...]
+    symbol: ClassVar[str] = ""
+    join: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.of, (tuple, list)) or not self.of:
+            raise SpecError(f"{name}(of): expected one or more mask expressions, got {self.of!r}")
+        of = tuple(Mask.from_json(part) if isinstance(part, Mapping) else part for part in self.of)
+        for part in of:
+            if not isinstance(part, Mask):
+                raise SpecError(f"{name}(of): expected mask expressions, got {part!r}")
+        object.__setattr__(self, "of", of)
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self.of
+
+    def allows(self, c: Coords) -> Tensor:
+        return functools.reduce(type(self).join, (part.allows(c) for part in self.of))
+
+    def __repr__(self) -> str:
+        def bare(part: Mask) -> bool:
+            return isinstance(part, type(self)) or not isinstance(part, Composition)
+
+        return f" {self.symbol} ".join(repr(part) if bare(part) else f"({part!r})" for part in self.of)
+
+
+@dataclass(frozen=True, repr=False)
+class And(Composition):
     """All of `of` allow it. Written `a & b`."""
 
-    of: tuple[Mask, ...]
     kind: ClassVar[str] = "and"
-
-    def __post_init__(self) -> None:
-        _check_parts(self)
-
-    def parts(self) -> tuple[Mask, ...]:
-        return self.of
-
-    def allows(self, c: Coords) -> Tensor:
-        out = self.of[0].allows(c)
-        for part in self.of[1:]:
-            out = out & part.allows(c)
-        return out
-
-    def __repr__(self) -> str:
-        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.of)
+    symbol: ClassVar[str] = "&"
+    join: ClassVar[Callable[[Tensor, Tensor], Tensor]] = operator.and_
 
 
-@dataclass(frozen=True)
-class Or(Mask):
+@dataclass(frozen=True, repr=False)
+class Or(Composition):
     """Any of `of` allows it. Written `a | b`."""
 
-    of: tuple[Mask, ...]
     kind: ClassVar[str] = "or"
-
-    def __post_init__(self) -> None:
-        _check_parts(self)
-
-    def parts(self) -> tuple[Mask, ...]:
-        return self.of
-
-    def allows(self, c: Coords) -> Tensor:
-        out = self.of[0].allows(c)
-        for part in self.of[1:]:
-            out = out | part.allows(c)
-        return out
-
-    def __repr__(self) -> str:
-        return " | ".join(f"({part!r})" if isinstance(part, And) else repr(part) for part in self.of)
+    symbol: ClassVar[str] = "|"
+    join: ClassVar[Callable[[Tensor, Tensor], Tensor]] = operator.or_
 
 
 @dataclass(frozen=True)
@@ -142,18 +147,7 @@ class Not(Mask):
         return ~self.of.allows(c)
 
     def __repr__(self) -> str:
-        return f"~({self.of!r})" if isinstance(self.of, (And, Or)) else f"~{self.of!r}"
-
-
-def _check_parts(node: And | Or) -> None:
-    name = type(node).__name__
-    if not isinstance(node.of, (tuple, list)) or not node.of:
-        raise SpecError(f"{name}(of): expected one or more mask expressions, got {node.of!r}")
-    of = tuple(Mask.from_json(part) if isinstance(part, Mapping) else part for part in node.of)
-    for part in of:
-        if not isinstance(part, Mask):
-            raise SpecError(f"{name}(of): expected mask expressions, got {part!r}")
-    object.__setattr__(node, "of", of)
+        return f"~({self.of!r})" if isinstance(self.of, Composition) else f"~{self.of!r}"
 
 
 def walk(mask: Mask) -> list[Mask]:
