@@ -57,17 +57,19 @@ def bench(
     cases = [(name, case) for name in wanted if name in SUITES and name != "overhead" for case in suite(name)]
     cases = [(name, case) for name, case in cases if only.lower() in case.name.lower()]
     results: list[CaseResult] = []
+    machine = _machine(hardware)
     if cases:
-        machine = _machine(hardware)
         console.print(f"{machine['hardware']}, {machine['threads']} threads, {machine['versions']}\n", highlight=False)
         for name, case in cases:
             results.append(run_case(name, case, options))
             _print_case(results[-1])
-            _write(results, machine, json_file, chart, markdown_file)  # a run takes long, and may be cut off
+            _write(results, machine, json_file, markdown_file)  # a run takes long, and may be cut off
         _print_claims(results)
+        if chart is not None:
+            write_chart(chart, results, machine)
     extras = {name: _told(SHOW[name]) for name in EXTRA if name in wanted}
     if extras and markdown_file is not None:
-        markdown_file.write_text(markdown(results, _machine(hardware), extras))
+        markdown_file.write_text(markdown(results, machine, extras))
 
 
 def _wanted(suites: list[str]) -> list[str]:
@@ -120,13 +122,10 @@ def _write(
     results: list[CaseResult],
     machine: dict[str, Any],
     json_file: Path | None,
-    chart: Path | None,
     markdown_file: Path | None,
 ) -> None:
     if json_file is not None:
         json_file.write_text(json.dumps(to_json(results, machine), indent=1) + "\n")
-    if chart is not None:
-        write_chart(chart, results, machine)
     if markdown_file is not None:
         markdown_file.write_text(markdown(results, machine))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -38,22 +39,19 @@ class Probes:
         """Run the probes once: are both near their usual speed?"""
         if not self.active:
             return True
-        now = (min(self._multiply() for _ in range(TRIES)), self._read())
+        multiply = min(_seconds(lambda: torch.mm(self._square, self._square)) for _ in range(TRIES))
+        now = (multiply, _seconds(self._long.sum))
         self._seen.append(now)
         del self._seen[:-4096]
         return all(mine <= SLOW * usual for mine, usual in zip(now, self._usual(), strict=True))
-
-    def _multiply(self) -> float:
-        start = time.perf_counter()
-        torch.mm(self._square, self._square)
-        return time.perf_counter() - start
-
-    def _read(self) -> float:
-        start = time.perf_counter()
-        self._long.sum()
-        return time.perf_counter() - start
 
     def _usual(self) -> tuple[float, float]:
         """The fast quarter of what was seen: disturbances only ever slow a probe down."""
         by_kind = [sorted(kind) for kind in zip(*self._seen, strict=True)]
         return by_kind[0][len(by_kind[0]) // 4], by_kind[1][len(by_kind[1]) // 4]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 
 import optuna
 
@@ -113,12 +114,9 @@ def field_of(looked: Sequence[Looked]) -> list[Looked]:
 def more_of(looked: Sequence[Looked], entered: Sequence[Looked]) -> list[Looked]:
     """Others of the plateau, as many as a first lap has time for."""
     near = [x for x in looked if x.seconds <= PLATEAU * looked[0].seconds and x not in entered] if looked else []
-    lap = sum(least_rounds(0.9999) * max(x.seconds, 4e-3) for x in entered)
-    count = 0
-    for x in near:
-        lap += least_rounds(0.9999) * max(x.seconds, 4e-3)
-        count += lap <= MORE_SECONDS
-    return near[: min(count, max(MOST - len(entered), 0))]
+    laps = accumulate(least_rounds(0.9999) * max(x.seconds, 4e-3) for x in (*entered, *near))
+    room = sum(lap <= MORE_SECONDS for lap in laps) - len(entered)
+    return near[: max(min(room, MOST - len(entered)), 0)]
 
 
 def _full_gate(bench: Bench, study: optuna.Study, candidate: Candidate) -> Verdict:
