@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from attnreg.bench.runtimes import UnfitError, onnxruntime_peer, openvino_peer
+from attnreg.bench.runtimes import UnfitError, onnxruntime_peer, openvino_peer, refuse_whole_matrix
 from attnreg.masks import Causal, Coords, Full, as_band
 from attnreg.problem import Problem
 from attnreg.scores import ScaledDot
@@ -58,15 +58,9 @@ def sdpa(p: Problem, inputs: Inputs) -> Run:
     return lambda q, k, v, **named: F.scaled_dot_product_attention(q, k, v, **said)
 
 
-def _whole_matrix(p: Problem) -> None:
-    """Refuse what holds every score at once where that is over half a gigabyte: it would only show that."""
-    if p.batch * p.q_heads * p.sq * p.skv > 1 << 27:
-        raise UnfitError("only up to 2**27 scores, since it holds them all")
-
-
 def sdpa_math(p: Problem, inputs: Inputs) -> Run:
     """The same through torch's math path."""
-    _whole_matrix(p)
+    refuse_whole_matrix(p.batch * p.q_heads * p.sq * p.skv)
     call = sdpa(p, inputs)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Any:
@@ -190,9 +184,12 @@ def _flex(block: int, p: Problem, inputs: Inputs) -> Run:
 
     mask = None
     if not (isinstance(spec.sparsity, Dense) and (isinstance(spec.mask, Full) or p.sq == 1)):
+        heads = None if isinstance(spec.sparsity, Dense) else p.q_heads
+        refuse_whole_matrix(
+            (heads or 1) * p.sq * p.skv, most=1 << 29
+        )  # making the blocks takes ten bytes a pair (measured)
         size = getattr(spec.sparsity, "block", 1)
         dense = allowed(p, {})[0, :, ::size, ::size] if size > 1 else torch.ones(1, 1, 1, dtype=torch.bool)
-        heads = None if isinstance(spec.sparsity, Dense) else p.q_heads
         mask = create_block_mask(mod, None, heads, p.sq, p.skv, device="cpu", BLOCK_SIZE=block)
     call, said = _compiled_flex((str(p), block)), {"scale": p.scale, "enable_gqa": p.group > 1}
     return lambda q, k, v, **named: call(q, k, v, block_mask=mask, **said)
@@ -201,7 +198,7 @@ def _flex(block: int, p: Problem, inputs: Inputs) -> Run:
 def eager(p: Problem, inputs: Inputs) -> Run:
     """Two products and a softmax in the inputs' dtype, K and V repeated, as models write it."""
     _plain(p)
-    _whole_matrix(p)
+    refuse_whole_matrix(p.batch * p.q_heads * p.sq * p.skv)
     whole = isinstance(p.spec.mask, Full) and isinstance(p.spec.sparsity, Dense)
     mask = None if whole or p.sq == 1 else ~allowed(p, inputs.tensors)
     group, scale = p.group, p.scale

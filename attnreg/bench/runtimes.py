@@ -15,13 +15,19 @@ from attnreg.scores import ScaledDot
 from attnreg.sparsity import Dense
 from attnreg.testing import Inputs
 
-__all__ = ["UnfitError", "onnxruntime_peer", "openvino_peer"]
+__all__ = ["UnfitError", "onnxruntime_peer", "openvino_peer", "refuse_whole_matrix"]
 
 Run = Callable[..., Any]
 
 
 class UnfitError(Exception):
     """The peer cannot compute the problem; the text says why."""
+
+
+def refuse_whole_matrix(pairs: int, most: int = 1 << 27) -> None:
+    """Refuse a peer that holds something for every query-key pair at once where that takes the machine's memory."""
+    if pairs > most:
+        raise UnfitError(f"only up to 2**{most.bit_length() - 1} query-key pairs, since it holds them all")
 
 
 def _plain(p: Problem, dtypes: tuple[str, ...]) -> bool:
@@ -36,6 +42,7 @@ def _plain(p: Problem, dtypes: tuple[str, ...]) -> bool:
         raise UnfitError("only full and causal")
     if p.dtype not in dtypes:
         raise UnfitError(f"only {', '.join(dtypes)}")
+    refuse_whole_matrix(p.batch * p.q_heads * p.sq * p.skv)  # both take eight bytes a pair and more (measured)
     causal = isinstance(spec.mask, Causal) and p.sq > 1
     if causal and not p.square:
         raise UnfitError("only causal with as many keys as queries")

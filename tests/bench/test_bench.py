@@ -26,7 +26,7 @@ from attnreg.hardware import detect
 from attnreg.sparsity import BigBird
 from attnreg.spec import AttentionSpec
 from attnreg.suites import SUITES, Case, attention_problem, suite
-from attnreg.testing import check_inputs
+from attnreg.testing import check_inputs, make_inputs
 
 PEAKS = Peaks(1e11, 1e10, "a test")
 MACHINE: dict[str, Any] = {
@@ -151,6 +151,13 @@ def test_every_claim_names_a_case_of_the_suites_and_a_contestant() -> None:
     for claim in (c for claims in CLAIMS.values() for c in claims):
         assert isinstance(claim, Claim)
         assert claim.peer in {*peers.PEERS, "best peer", "read"} | names
+
+
+@pytest.mark.parametrize("name", ["sdpa math", "eager", "flex 64", "flex 128", "onnxruntime", "openvino"])
+def test_a_peer_that_holds_every_pair_sits_out_where_that_would_take_all_memory(name: str) -> None:
+    [case] = suite("long")
+    with pytest.raises(peers.UnfitError, match="query-key pairs, since it holds them all"):
+        peers.PEERS[name](case.problem, make_inputs(case.problem))
 
 
 def test_documents_hold_every_sample_and_say_what_did_not_run(tmp_path: Path) -> None:
