@@ -122,7 +122,7 @@ def test_the_command_names_each_for_people(ended: Mapping[str, Ended]) -> None:
     assert any(name in winner for name in HONEST)
     for name, (kind, reason) in WANTED.items():
         [line] = [line for line in lines if line.startswith(f"problem 1: refused {name}:")]
-        assert re.search(rf"{kind}: .*{reason}", line), line
+        assert re.search(rf"{kind}: .*(?:{reason})", line), line
     assert f"problem 1: cannot planted_unsure: {UNSURE}" in lines
 
 
@@ -139,5 +139,5 @@ def test_a_call_that_tunes_is_right_and_names_each(
     for name in wanted:
         kind, reason = WANTED[name]
         [line] = [line for line in row["evidence"] if line.startswith(f"refused   {name}, 1 ")]
-        assert re.search(rf"{kind}: .*{reason}", line), line
+        assert re.search(rf"{kind}: .*(?:{reason})", line), line
         assert line in row["text"]
