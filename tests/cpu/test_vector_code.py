@@ -57,6 +57,21 @@ def test_exp_at_the_ends(library: ctypes.CDLL) -> None:
     torch.testing.assert_close(y, expected, rtol=0, atol=2.0**-126, equal_nan=True)
 
 
+def test_exp2_is_within_two_ulp_over_its_range(library: ctypes.CDLL) -> None:
+    x = torch.cat([torch.linspace(-126.0, 126.9, 1 << 20), torch.linspace(-1.0, 1e-3, 1 << 16)])
+    y = torch.empty_like(x)
+    _call(library.attnreg_exp2, x, y, x.numel())
+    assert _ulps(y, x.double().exp2()).max() <= 2.0
+
+
+def test_exp2_at_the_ends(library: ctypes.CDLL) -> None:
+    x = torch.tensor([-torch.inf, -1e30, -150.0, -126.75, 0.0, -0.0, torch.nan, 1e-30] * 2)
+    y = torch.empty_like(x)
+    _call(library.attnreg_exp2, x, y, x.numel())
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, torch.nan, 1.0] * 2)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_tanh(library: ctypes.CDLL) -> None:
     x = torch.cat([torch.linspace(-12.0, 12.0, 1 << 18), torch.linspace(-1e-2, 1e-2, 1 << 12)])
     y = torch.empty_like(x)

@@ -43,7 +43,7 @@ class Backward {
         Tile<Operand> tile;   // `output` holds dq
         Operand* d_out;       // [operands of a row][lanes]
         Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
-        float *lse, *delta;   // [lanes]
+        float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp in base 2 with what its rounding left; dout . out - dlse
     };
     struct Buffers {
         Operand *keys, *values;
@@ -83,6 +83,7 @@ class Backward {
             tiles[t].query_rows = carver.take<Operand>(FULL * PADDED_K);
             tiles[t].d_out_rows = carver.take<Operand>(FULL * PADDED_V);
             tiles[t].lse = carver.take<float>(FULL);
+            tiles[t].lse_rest = carver.take<float>(FULL);
             tiles[t].delta = carver.take<float>(FULL);
         }
     }
@@ -182,6 +183,7 @@ class Backward {
             std::fill(t.output, t.output + HEAD_K * t.lanes(), 0.0f);
             for (int64_t i = 0; i < t.lanes(); ++i) {
                 g.lse[i] = INFINITY_F;  // makes every weight 0
+                g.lse_rest[i] = 0.0f;
                 g.delta[i] = 0.0f;
                 if (i >= t.count) continue;
                 const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t.row + i);
@@ -190,7 +192,8 @@ class Backward {
                 float delta = 0.0f;
                 for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
                 if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t.row + i);
-                g.lse[i] = lse;
+                g.lse[i] = lse * LOG2_E;
+                g.lse_rest[i] = float(lse * LOG2_E_EXACT - g.lse[i]);
                 g.delta[i] = delta;
             }
         }
@@ -316,14 +319,16 @@ class Backward {
 
         // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta) * d_scale.
         template <int NV>
-        void differentiate_softmax(int64_t count, float scale, float d_scale, const GradientTile& g) {
-            const vfloat factor = splat(scale), d_factor = splat(d_scale);
-            vfloat lse[NV], delta[NV];
-            for (int v = 0; v < NV; ++v) lse[v] = load(g.lse + v * LANES), delta[v] = load(g.delta + v * LANES);
+        ATTNREG_ALONE void differentiate_softmax(int64_t count, float scale, float d_scale, const GradientTile& g) {
+            const vfloat factor = splat(scale * LOG2_E), d_factor = splat(d_scale);
+            vfloat lse[NV], rest[NV], delta[NV];
+            for (int v = 0; v < NV; ++v) {
+                lse[v] = load(g.lse + v * LANES), rest[v] = load(g.lse_rest + v * LANES), delta[v] = load(g.delta + v * LANES);
+            }
             for (int64_t j = 0; j < count; ++j) {
                 for (int v = 0; v < NV; ++v) {
                     const int64_t at = (j * NV + v) * LANES;
-                    const vfloat weight = vexp(fma(load(b_.scores + at), factor, -lse[v]));
+                    const vfloat weight = vexp2(fma(load(b_.scores + at), factor, -lse[v]) - rest[v]);
                     const vfloat change = weight * (load(b_.d_scores + at) - delta[v]) * d_factor;
                     store(b_.scores + at, weight);
                     // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.

@@ -10,17 +10,21 @@
 
 namespace attnreg {
 
-// Keeps a value that several multiply-adds share in its register: GCC would rather load it again for each.
-ATTNREG_INLINE vfloat shared(vfloat x) {
-#if defined(ATTNREG_AVX512)
-    asm("" : "+v"(x));
-#elif defined(ATTNREG_AVX2)
-    asm("" : "+x"(x));
-#endif
-    return x;
-}
-
 // Lane i of the result is the sum of v[i]'s lanes: each round halves the vectors by interleaving two and adding the halves.
+#if defined(ATTNREG_AVX2)
+// Interleaving inside the 128-bit halves costs half of what it does across them; only the last round crosses.
+ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
+    __m256 four[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __m256 a = (__m256)v[4 * i], b = (__m256)v[4 * i + 1], c = (__m256)v[4 * i + 2], d = (__m256)v[4 * i + 3];
+        const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        four[i] = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    }
+    return (vfloat)_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
+}
+#else
 ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     typedef typename detail::MakeSequence<LANES>::type Lanes;
 #pragma GCC unroll 4
@@ -34,13 +38,19 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
     }
     return v[0];
 }
+#endif
 
-// Rows to ask for stand `rows` places on (0: none is asked for). What comes is read from the first cache only (see STRIP), so it need
-// not displace anything from those behind.
+// Rows to ask for stand `rows` places on (0: none is asked for). What comes is read from the first cache only (see STRIP). Zen 5 does best
+// when asked not to keep it; Zen 3 then drops lines before they are read (measured: 18.7 against 21.2 GB/s, bfloat16, 4 rows a KV head).
 struct Ahead {
     int64_t rows = 0;
 
-    ATTNREG_INLINE static void ask(const void* at) { __builtin_prefetch(at, 0, 0); }
+#if defined(ATTNREG_AVX512)
+    static constexpr int KEEP = 0;
+#else
+    static constexpr int KEEP = 3;
+#endif
+    ATTNREG_INLINE static void ask(const void* at) { __builtin_prefetch(at, 0, KEEP); }
     ATTNREG_INLINE static void ask_span(const void* first, int64_t bytes) {
         for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(first) + at);
     }
@@ -53,23 +63,83 @@ int64_t strip_rows(int64_t dim) {
     return std::max<int64_t>(STRIP / (dim * int64_t(sizeof(T))) / LANES, 1) * LANES;
 }
 
-// sum[r][k] += q[r] * key[k], N registers of the head dimension.
-template <int N, class T, int ROWS, int STEP>
-ATTNREG_INLINE void add_products(const float* q, int64_t q_stride, const T* const (&key)[STEP], int64_t d, vfloat (&sum)[ROWS][STEP]) {
-    vfloat x[N][ROWS];
-    for (int n = 0; n < N; ++n) {
-        for (int r = 0; r < ROWS; ++r) x[n][r] = load(q + r * q_stride + n * LANES);
-    }
-#pragma GCC unroll 4
-    for (int k = 0; k < STEP; ++k) {
-        vfloat y[N];
-        load_together(key[k] + d, y);
+// Sums of ROWS rows with STEP keys. Few of them would wait for one another's multiply-adds, so they are kept in two halves.
+template <int ROWS, int STEP>
+struct DotSums {
+    static constexpr int CHAINS = ROWS * STEP <= 4 ? 2 : 1;
+    vfloat at[CHAINS][ROWS][STEP];
+
+    ATTNREG_INLINE DotSums() {
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) {
-            if (ROWS > 1) y[n] = shared(y[n]);
+        for (int c = 0; c < CHAINS; ++c) {
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(x[n][r], y[n], sum[r][k]);
+            for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+                for (int k = 0; k < STEP; ++k) at[c][r][k] = zero();
+            }
         }
+    }
+
+    // Adds q[r] * key[k] over N registers of the head dimension; load_keys(k, d, y) gives those of a key from `d` on, two at a time.
+    template <int N, class Load>
+    ATTNREG_INLINE void add(const float* q, int64_t q_stride, int64_t d, const Load& load_keys) {
+        constexpr int T = N < 2 ? N : 2;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n += T) add_few<T>(q, q_stride, d + n * LANES, load_keys);
+    }
+
+    // What is used more often stays in registers: the queries where rows are few, else the keys.
+    template <int T, class Load>
+    ATTNREG_INLINE void add_few(const float* q, int64_t q_stride, int64_t d, const Load& load_keys) {
+        if constexpr (ROWS * T <= 4 || VECTOR_REGISTERS > 16) {
+            vfloat x[T][ROWS];
+#pragma GCC unroll 2
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r) x[t][r] = in_register(load(q + r * q_stride + d + t * LANES));
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < STEP; ++k) {
+                vfloat y[T];
+                load_keys(k, d, y);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t) {
+                    if (ROWS > 1) y[t] = in_register(y[t]);
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; ++r) at[t % CHAINS][r][k] = fma(x[t][r], y[t], at[t % CHAINS][r][k]);
+                }
+            }
+        } else {
+            vfloat y[STEP][T];
+#pragma GCC unroll 4
+            for (int k = 0; k < STEP; ++k) {
+                load_keys(k, d, y[k]);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t) y[k][t] = in_register(y[k][t]);
+            }
+#pragma GCC unroll 2
+            for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; ++r) {
+                    const vfloat x = in_register(load(q + r * q_stride + d + t * LANES));
+#pragma GCC unroll 4
+                    for (int k = 0; k < STEP; ++k) at[t % CHAINS][r][k] = fma(x, y[k][t], at[t % CHAINS][r][k]);
+                }
+            }
+        }
+    }
+
+    ATTNREG_INLINE vfloat total(int r, int k) const { return CHAINS == 2 ? at[0][r][k] + at[CHAINS - 1][r][k] : at[0][r][k]; }
+};
+
+template <class T, int N>
+ATTNREG_INLINE void load_registers(const T* p, vfloat (&y)[N]) {
+    constexpr int TOGETHER = Together<T>::value;
+    if constexpr (N == TOGETHER) {
+        load_together(p, y);
+    } else {
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) y[n] = load_wide(p + n * LANES);
     }
 }
 
@@ -78,41 +148,47 @@ template <class T, int ROWS>
 ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, Ahead ahead, float* scores,
                              int64_t stride) {
     constexpr int KEYS = LANES / ROWS, STEP = KEYS < 4 ? KEYS : 4;
+    constexpr int LINE = 64 / int(sizeof(T)) / LANES > 2 ? 64 / int(sizeof(T)) / LANES : 2;  // registers of a cache line
     vfloat sums[LANES];
 #pragma GCC unroll 4
     for (int first = 0; first < KEYS; first += STEP) {
-        vfloat sum[ROWS][STEP] = {};
+        DotSums<ROWS, STEP> sum;
         const T* key[STEP];
         for (int k = 0; k < STEP; ++k) key[k] = keys[first + k];
-        const T* next[STEP];
-        for (int k = 0; k < STEP; ++k) next[k] = keys[first + k + ahead.rows];
+        const auto load_keys = [&](int k, int64_t d, auto& y) { load_registers(key[k] + d, y); };
         int64_t d = 0;
-        constexpr int TOGETHER = Together<T>::value;
-        for (; d + TOGETHER * LANES <= dim; d += TOGETHER * LANES) {
-            if (ahead.rows > 0 && d * sizeof(T) % 64 == 0) {
+        const auto line = [&](auto asks) {
+            for (; d + LINE * LANES <= dim; d += LINE * LANES) {
+                if constexpr (decltype(asks)::value) {
 #pragma GCC unroll 4
-                for (int k = 0; k < STEP; ++k) ahead.ask(next[k] + d);
+                    for (int k = 0; k < STEP; ++k) ahead.ask_span(keys[first + k + ahead.rows] + d, LINE * LANES * sizeof(T));
+                }
+                sum.template add<LINE>(q, q_stride, d, load_keys);
             }
-            add_products<TOGETHER>(q + d, q_stride, key, d, sum);
+        };
+        if (ahead.rows > 0) {
+            line(std::true_type());
+        } else {
+            line(std::false_type());
         }
-        for (; TOGETHER > 1 && d + LANES <= dim; d += LANES) add_products<1>(q + d, q_stride, key, d, sum);
+        for (; d + LANES <= dim; d += LANES) sum.template add<1>(q, q_stride, d, load_keys);
         if (d < dim) {
-            for (int k = 0; k < STEP; ++k) {
-                const vfloat y = load_part(key[k] + d, dim - d);
-                for (int r = 0; r < ROWS; ++r) sum[r][k] = fma(load(q + r * q_stride + d), y, sum[r][k]);
-            }
+            sum.template add<1>(q, q_stride, d, [&](int k, int64_t at, vfloat(&y)[1]) { y[0] = load_part(key[k] + at, dim - at); });
         }
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            for (int k = 0; k < STEP; ++k) sums[r * KEYS + first + k] = sum[r][k];
+#pragma GCC unroll 4
+            for (int k = 0; k < STEP; ++k) sums[r * KEYS + first + k] = sum.total(r, k);
         }
     }
     float lanes[LANES];
     store(lanes, sum_each(sums));
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) std::memcpy(scores + r * stride, lanes + r * KEYS, KEYS * sizeof(float));
 }
 
 template <class T, int ROWS>
-void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead ahead, float* scores,
+ATTNREG_ALONE void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead ahead, float* scores,
               int64_t stride) {
     for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead, scores + k, stride);
 }
@@ -139,28 +215,33 @@ void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* ke
 
 // The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
 template <int VECTORS>
-void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, Ahead ahead,
+ATTNREG_ALONE void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, Ahead ahead,
                     float* scores, int64_t stride) {
-    constexpr int KEYS = LANES < 8 ? LANES : 8;
+    constexpr int MOST = VECTOR_REGISTERS > 16 || VECTORS == 1 ? 8 : 4, KEYS = LANES < MOST ? LANES : MOST;
     for (int64_t k = 0; k < count; k += LANES) {
         for (int i = 0; i < LANES && ahead.rows > 0; ++i) Ahead::ask_span(keys[k + i + ahead.rows], dim * int64_t(sizeof(float)));
         vfloat block[VECTORS][LANES];
         for (int first = 0; first < LANES; first += KEYS) {
-            vfloat sum[VECTORS][KEYS] = {};
+            vfloat sum[KEYS][VECTORS];
+#pragma GCC unroll 8
+            for (int i = 0; i < KEYS; ++i) {
+                for (int v = 0; v < VECTORS; ++v) sum[i][v] = zero();
+            }
             const float* key[KEYS];
             for (int i = 0; i < KEYS; ++i) key[i] = keys[k + first + i];
             const float* column = q_columns;
             for (int64_t d = 0; d < dim; ++d, column += q_stride) {
                 vfloat x[VECTORS];
-                for (int v = 0; v < VECTORS; ++v) x[v] = load(column + v * LANES);
+                for (int v = 0; v < VECTORS; ++v) x[v] = in_register(load(column + v * LANES));
 #pragma GCC unroll 8
                 for (int i = 0; i < KEYS; ++i) {
-                    const vfloat y = VECTORS > 1 ? shared(splat(key[i][d])) : splat(key[i][d]);
-                    for (int v = 0; v < VECTORS; ++v) sum[v][i] = fma(x[v], y, sum[v][i]);
+                    const vfloat y = VECTORS > 1 ? in_register(splat(key[i][d])) : splat(key[i][d]);
+                    for (int v = 0; v < VECTORS; ++v) sum[i][v] = fma(x[v], y, sum[i][v]);
                 }
             }
-            for (int v = 0; v < VECTORS; ++v) {
-                for (int i = 0; i < KEYS; ++i) block[v][first + i] = sum[v][i];
+#pragma GCC unroll 8
+            for (int i = 0; i < KEYS; ++i) {
+                for (int v = 0; v < VECTORS; ++v) block[v][first + i] = sum[i][v];
             }
         }
         for (int v = 0; v < VECTORS; ++v) {
@@ -173,7 +254,7 @@ void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const
 // `rows` rounded up to whole registers may be read and written.
 inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
                            int64_t dim, Ahead asked, float* scores, int64_t stride) {
-    constexpr int VECTORS = VECTOR_REGISTERS > 16 ? 2 : 1;
+    constexpr int VECTORS = 2;
     const int64_t strip = strip_rows<float>(dim);
     for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
         const int64_t part = std::min(strip, count - k);
@@ -211,7 +292,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
                 y[0] = load_part(value, part);
             }
             for (int n = 0; n < N; ++n) {
-                if (ROWS > 1) y[n] = shared(y[n]);
+                if (ROWS > 1) y[n] = in_register(y[n]);
                 for (int r = 0; r < ROWS; ++r) sum[r][c + n] = fma(weight[r], y[n], sum[r][c + n]);
             }
         }

@@ -57,10 +57,10 @@ inline float online_softmax(const RowModifiers& m, RowState& state, float* score
         return 1.0f;
     }
     const float rescale = top == state.top ? 1.0f : std::exp(state.top - top);
-    const vfloat shift = splat(top);
+    const vfloat shift = splat(top), log2_e = splat(LOG2_E);
     vfloat sum = zero();
     for (int64_t k = 0; k < count; k += LANES) {
-        vfloat weight = vexp(load(scores + k) - shift);
+        vfloat weight = vexp2((load(scores + k) - shift) * log2_e);
         sum += weight;
         if (m.value_scale) weight *= load(m.value_scale + k);
         store(scores + k, weight);

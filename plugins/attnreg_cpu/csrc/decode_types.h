@@ -71,7 +71,7 @@ template <class T, int N>
 ATTNREG_INLINE void load_together(const T* p, vfloat (&y)[N]) {
     for (int i = 0; i < N; ++i) y[i] = load_wide(p + i * LANES);
 }
-#if defined(ATTNREG_AVX512)
+#if defined(ATTNREG_AVX512) || (defined(ATTNREG_AVX2) && defined(__F16C__))
 template <>
 struct Together<e4m3_t> {
     static constexpr int value = 2;
@@ -80,6 +80,7 @@ template <>
 struct Together<e5m2_t> {
     static constexpr int value = 2;
 };
+#if defined(ATTNREG_AVX512)
 ATTNREG_INLINE void widen_both(__m512i bits, vfloat (&y)[2]) {
     y[0] = (vfloat)_mm512_cvtph_ps(_mm512_castsi512_si256(bits));
     y[1] = (vfloat)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
@@ -93,6 +94,21 @@ ATTNREG_INLINE void load_together(const e4m3_t* p, vfloat (&y)[2]) {
     const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_or_si512(x, _mm512_set1_epi16(int16_t(0xff80))), all);
     widen_both(_mm512_mask_mov_epi16(bits, nan, all), y);
 }
+#else
+ATTNREG_INLINE void widen_both(__m256i bits, vfloat (&y)[2]) {
+    y[0] = (vfloat)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+    y[1] = (vfloat)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+}
+ATTNREG_INLINE void load_together(const e5m2_t* p, vfloat (&y)[2]) {
+    widen_both(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load_as<__m128i>(p)), 8), y);
+}
+ATTNREG_INLINE void load_together(const e4m3_t* p, vfloat (&y)[2]) {
+    const __m256i x = _mm256_cvtepi8_epi16(load_as<__m128i>(p));
+    const __m256i bits = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(int16_t(0xbfff)));
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_or_si256(x, _mm256_set1_epi16(int16_t(0xff80))), _mm256_set1_epi16(-1));
+    widen_both(_mm256_or_si256(bits, nan), y);
+}
+#endif
 #endif
 
 template <class T>

@@ -169,7 +169,7 @@ class Forward {
                 std::fill(t.output, t.output + HEAD_V * t.lanes(), 0.0f);
                 for (int64_t i = 0; i < t.lanes(); ++i) {
                     const float sink = p_.sinks ? p_.sinks[rows_.head_of(t.row + i)] : -INFINITY_F;
-                    t.top[i] = sink;
+                    t.top[i] = sink * LOG2_E;
                     t.sum[i] = sink == -INFINITY_F ? 0.0f : 1.0f;
                 }
             }
@@ -272,7 +272,7 @@ class Forward {
                                               p_.cu_q != nullptr);
                     if (p_.lse) {
                         *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, rows_, t.row + i, p_.cu_q != nullptr) =
-                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
+                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] * LN_2 + std::log(t.sum[i]);
                     }
                 }
                 unpack_lanes<HEAD_V>(t.output, factor, t.count, t.lanes(), pointers);

@@ -28,7 +28,7 @@ ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand
     for (int64_t k = 0; k < depth; ++k) {
         typename Operand::Vector column[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) column[v] = load_as<typename Operand::Vector>(b + k * b_stride + v * LANES);
+        for (int v = 0; v < NV; ++v) column[v] = in_register(load_as<typename Operand::Vector>(b + k * b_stride + v * LANES));
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
             const typename Operand::Vector scalar = broadcast(K_CONTIGUOUS ? a[i * stride + k] : a[k * stride + i]);
@@ -41,7 +41,7 @@ ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand
 // scores[j][lane] = sum_d keys[j][d] * query[d][lane] for `count` keys, and peak[lane] = max(peak[lane], scores[..][lane]).
 // count >= micro_rows(NV): the last group of rows overlaps the one before it instead of running past the end.
 template <int NV, int DEPTH, class Operand>
-void multiply_scores(int64_t count, const Operand* keys, int64_t stride, const Operand* query, float* scores, float* peak) {
+ATTNREG_ALONE void multiply_scores(int64_t count, const Operand* keys, int64_t stride, const Operand* query, float* scores, float* peak) {
     constexpr int MR = micro_rows(NV);
     for (int64_t next = 0; next < count; next += MR) {
         const int64_t j = next + MR <= count ? next : count - MR;
@@ -80,7 +80,7 @@ ATTNREG_INLINE void accumulate_channels(int64_t depth, const Operand* values, in
 
 // output[d][lane] = rescale[lane] * output[d][lane] + sum_j values[j][d] * weights[j][lane] for CHANNELS values of d.
 template <int NV, int CHANNELS, class Operand>
-void multiply_values(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
+ATTNREG_ALONE void multiply_values(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
                      const float* rescale) {
     constexpr int MR = micro_rows(NV);
     constexpr int REST = CHANNELS % MR;
@@ -122,7 +122,7 @@ ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Operand* weights, in
 // out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES. `depth` and strides count
 // operands along the lanes.
 template <int CHANNELS, class Operand>
-void accumulate_rows(int64_t count, int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
+ATTNREG_ALONE void accumulate_rows(int64_t count, int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
                      int64_t out_stride) {
     constexpr int MR = micro_rows(CHANNELS / LANES % 2 == 0 ? 2 : 1);
     int64_t j = 0;

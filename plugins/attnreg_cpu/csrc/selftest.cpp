@@ -14,6 +14,9 @@ ATTNREG_EXPORT int64_t attnreg_lanes() { return LANES; }
 ATTNREG_EXPORT void attnreg_exp(const float* x, float* y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store(y + i, vexp(load(x + i)));
 }
+ATTNREG_EXPORT void attnreg_exp2(const float* x, float* y, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) store(y + i, vexp2(load(x + i)));
+}
 ATTNREG_EXPORT void attnreg_tanh(const float* x, float* y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store(y + i, vtanh(load(x + i)));
 }

@@ -67,28 +67,39 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
 
 ATTNREG_INLINE void store_weights(Single* out, int64_t at, vfloat weight) { std::memcpy(out + at, &weight, sizeof(weight)); }
 
-// Turns scores into weights exp(score * scale - maximum), in place, and brings maximum, sum and the factor for what was summed before
-// up to date. A lane that has met nothing yet keeps maximum -inf and weights 0.
+// Brings maximum and sum up to date before weights of base 2 are taken: `base` is what their exponents are counted from (0 for a lane
+// that has met nothing yet), `total` the sum so far, and `rescale` the factor for what was summed before.
 template <int NV>
-void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
-                    float* rescale) {
-    vfloat base[NV], total[NV];
-    const vfloat factor = splat(scale);
+ATTNREG_INLINE void start_weights(vfloat factor, const float* peak, float* top, const float* sum, float* rescale, vfloat (&base)[NV],
+                                  vfloat (&total)[NV]) {
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
         const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
         base[v] = select(now == splat(-INFINITY_F), zero(), now);
-        const vfloat shrink = vexp(before - base[v]);
+        const vfloat shrink = vexp2(before - base[v]);
         store(top + v * LANES, now);
         store(rescale + v * LANES, shrink);
         total[v] = shrink * load(sum + v * LANES);
     }
+}
+
+// Turns scores into weights 2^(score * scale * log2(e) - maximum), in place, and brings maximum (in base 2), sum and the factor for what
+// was summed before up to date. A lane that has met nothing yet keeps maximum -inf and weights 0.
+template <int NV>
+ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
+                                  float* sum, float* rescale) {
+    vfloat base[NV], total[NV];
+    const vfloat factor = splat(scale * LOG2_E);
+    start_weights<NV>(factor, peak, top, sum, rescale, base, total);
     for (int64_t j = 0; j < count; ++j) {
+        vfloat weight[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) weight[v] = fma(load(scores + (j * NV + v) * LANES), factor, -base[v]);
+        vexp2(weight);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
-            const int64_t at = (j * NV + v) * LANES;
-            const vfloat weight = vexp(fma(load(scores + at), factor, -base[v]));
-            total[v] += weight;
-            store_weights(weights, at, weight);
+            total[v] += weight[v];
+            store_weights(weights, (j * NV + v) * LANES, weight[v]);
         }
     }
     for (int v = 0; v < NV; ++v) store(sum + v * LANES, total[v]);
@@ -97,25 +108,17 @@ void online_softmax(Single* weights, const float* scores, int64_t count, float s
 #if defined(ATTNREG_HAS_PAIRS)
 // The same with weights rounded to pairs along the keys; the sum is of the unrounded ones.
 template <int NV>
-void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
-                    float* rescale) {
+ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
+                                  float* sum, float* rescale) {
     vfloat base[NV], total[NV];
-    const vfloat factor = splat(scale);
-    for (int v = 0; v < NV; ++v) {
-        const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
-        base[v] = select(now == splat(-INFINITY_F), zero(), now);
-        const vfloat shrink = vexp(before - base[v]);
-        store(top + v * LANES, now);
-        store(rescale + v * LANES, shrink);
-        total[v] = shrink * load(sum + v * LANES);
-    }
+    const vfloat factor = splat(scale * LOG2_E);
+    start_weights<NV>(factor, peak, top, sum, rescale, base, total);
     for (int64_t j = 0; j < count; j += 2) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             const int64_t at = (j * NV + v) * LANES;
-            const vfloat first = vexp(fma(load(scores + at), factor, -base[v]));
-            const vfloat second =
-                j + 1 < count ? vexp(fma(load(scores + at + NV * LANES), factor, -base[v])) : zero();
+            const vfloat first = vexp2(fma(load(scores + at), factor, -base[v]));
+            const vfloat second = j + 1 < count ? vexp2(fma(load(scores + at + NV * LANES), factor, -base[v])) : zero();
             total[v] += first + second;
             const vint pair = make_pairs(first, second);
             std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));

@@ -17,7 +17,7 @@ struct Tile {
     TileKeys keys;
     Operand* query;    // [operands of a row][lanes]
     float* output;     // [channels][lanes]
-    float *top, *sum;  // [lanes] maximum, and sum of weights
+    float *top, *sum;  // [lanes] maximum, as a power of 2, and sum of weights
     int32_t *first, *last;  // [lanes] allowed keys
     int32_t *position, *document;  // [lanes]
     float* slope;      // [lanes]

@@ -22,6 +22,8 @@
 #endif
 
 #define ATTNREG_INLINE inline __attribute__((always_inline))
+// A function that needs the whole register file: inlined, its sums would be spilled for what its caller keeps.
+#define ATTNREG_ALONE __attribute__((noinline))
 
 namespace attnreg {
 
@@ -83,6 +85,18 @@ ATTNREG_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 ATTNREG_INLINE vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
 #endif
 
+// Keeps a value that several multiply-adds share in its register: GCC would rather make each of them read it again, and twice the
+// loads of an x86 core are fewer than its multiply-adds.
+template <class V>
+ATTNREG_INLINE V in_register(V x) {
+#if defined(ATTNREG_AVX512)
+    asm("" : "+v"(x));
+#elif defined(ATTNREG_AVX2)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 ATTNREG_INLINE vint splat(int32_t x) { return (vint){} + x; }
 ATTNREG_INLINE vfloat zero() { return (vfloat){}; }
 ATTNREG_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
@@ -94,24 +108,32 @@ ATTNREG_INLINE vint lane_index() {
     return index;
 }
 
-ATTNREG_INLINE float reduce_add(vfloat v) {
 #if defined(ATTNREG_AVX512)
-    return _mm512_reduce_add_ps((__m512)v);
+ATTNREG_INLINE float reduce_add(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
+ATTNREG_INLINE float reduce_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
+#elif defined(ATTNREG_AVX2)
+ATTNREG_INLINE float reduce_add(vfloat v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+ATTNREG_INLINE float reduce_max(vfloat v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
 #else
+ATTNREG_INLINE float reduce_add(vfloat v) {
     float sum = 0.0f;
     for (int i = 0; i < LANES; ++i) sum += v[i];
     return sum;
-#endif
 }
 ATTNREG_INLINE float reduce_max(vfloat v) {
-#if defined(ATTNREG_AVX512)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
     float top = v[0];
     for (int i = 1; i < LANES; ++i) top = v[i] > top ? v[i] : top;
     return top;
-#endif
 }
+#endif
 ATTNREG_INLINE bool any(vint mask) {
 #if defined(ATTNREG_AVX512)
     return _mm512_movepi32_mask((__m512i)mask) != 0;

@@ -28,6 +28,41 @@ ATTNREG_INLINE vfloat vexp(vfloat x) {
     return p * (vfloat)exponent;
 }
 
+constexpr double LOG2_E_EXACT = 1.44269504088896341;
+constexpr float LOG2_E = float(LOG2_E_EXACT), LN_2 = 0.693147180559945309f;
+
+// 2^x within 1.1 ulp for -126 <= x < 127 (checked over the range by tests/cpu). Below -126.5, and at -inf, it is 0; NaN stays NaN. With
+// log2(e) in the scale of its argument this is the exponential of a softmax: what is left of x beside its nearest integer is exact, so
+// that it needs neither a product nor a second part of ln2. Degree-6 minimax polynomial of 2^r for |r| <= 1/2 whose constant is 1.
+//
+// Several at once, step by step, so that the long chain of one does not fill a core's schedulers.
+template <int N>
+ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
+    const vfloat magic = splat(12582912.0f);  // as in vexp
+    constexpr float P[] = {1.5594677507e-4f, 1.3406643904e-3f, 9.6176929750e-3f, 5.5503105510e-2f,
+                           2.4022652783e-1f, 6.9314721497e-1f, 1.0f};
+    vfloat shifted[N], p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        x[i] = vmax(splat(-127.0f), x[i]);
+        shifted[i] = x[i] + magic;
+        x[i] -= shifted[i] - magic;
+        p[i] = splat(P[0]);
+    }
+#pragma GCC unroll 8
+    for (int n = 1; n < 7; ++n) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) p[i] = fma(p[i], x[i], splat(P[n]));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = p[i] * (vfloat)(((vint)shifted[i] << 23) + splat(int32_t(127) << 23));
+}
+ATTNREG_INLINE vfloat vexp2(vfloat x) {
+    vfloat one[1] = {x};
+    vexp2(one);
+    return one[0];
+}
+
 // tanh(x): a degree-9 odd polynomial near 0, where (e - 1) / (e + 1) would cancel, and that quotient elsewhere.
 ATTNREG_INLINE vfloat vtanh(vfloat x) {
     const vfloat clamped = vmin(splat(10.0f), vmax(splat(-10.0f), x));
