@@ -273,9 +273,9 @@ class Backward {
                 }
             }
             const Operands ready = operands<NV>(run.count);
-            constexpr int64_t depth = lanes / Operand::WIDTH;
-            accumulate_rows<PADDED_V>(run.count, depth, ready.weights, depth, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
-            accumulate_rows<PADDED_K>(run.count, depth, ready.d_rows, depth, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
+            constexpr int depth = int(lanes) / Operand::WIDTH;
+            accumulate_rows<PADDED_V, depth>(run.count, ready.weights, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
+            accumulate_rows<PADDED_K, depth>(run.count, ready.d_rows, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
             const int64_t key_depth = (run.count + Operand::WIDTH - 1) / Operand::WIDTH;
             multiply_values<NV, HEAD_K>(key_depth, run.key_rows, run.key_row_stride, ready.d_keys, t.output, b_.ones);
         }

@@ -93,47 +93,44 @@ ATTNREG_ALONE void multiply_values(int64_t depth, const Operand* values, int64_t
     }
 }
 
-template <int MR, int NV, class Operand>
-ATTNREG_INLINE void accumulate_rows_block(int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows,
-                                          int64_t row_stride, float* out, int64_t out_stride) {
-    vfloat acc[MR][NV];
+// out[i][d] += sum over lanes of weights[i][lane] * rows[lane][d] for MR values of i and NV registers of d. The depth is short, so that it
+// pays to know it, and to add to memory only at the end.
+template <int MR, int NV, int DEPTH, int ROW_STRIDE, class Operand>
+ATTNREG_ALONE void accumulate_rows_block(const Operand* weights, const Operand* rows, float* out, int64_t out_stride) {
+    vfloat acc[MR][NV] = {};
+    multiply<MR, NV, true>(acc, DEPTH, weights, DEPTH, rows, ROW_STRIDE);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) acc[i][v] = load(out + i * out_stride + v * LANES);
-    }
-    multiply<MR, NV, true>(acc, depth, weights, weight_stride, rows, row_stride);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) store(out + i * out_stride + v * LANES, acc[i][v]);
+        for (int v = 0; v < NV; ++v) {
+            float* to = out + i * out_stride + v * LANES;
+            store(to, load(to) + acc[i][v]);
+        }
     }
 }
 
-template <int MR, int CHANNELS, class Operand>
-ATTNREG_INLINE void accumulate_rows_of(int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
-                                       int64_t out_stride) {
-    constexpr int VECTORS = CHANNELS / LANES, NV = VECTORS % 2 == 0 ? 2 : 1;
-    for (int v = 0; v < VECTORS; v += NV) {
-        accumulate_rows_block<MR, NV>(depth, weights, weight_stride, rows + v * LANES, CHANNELS, out + v * LANES, out_stride);
-    }
-}
-
-// out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES. `depth` and strides count
-// operands along the lanes.
-template <int CHANNELS, class Operand>
-ATTNREG_ALONE void accumulate_rows(int64_t count, int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* rows, float* out,
-                     int64_t out_stride) {
-    constexpr int MR = micro_rows(CHANNELS / LANES % 2 == 0 ? 2 : 1);
+// out[j][d] += sum_lane weights[j][lane] * rows[lane][d] for `count` values of j; CHANNELS is a multiple of LANES. DEPTH counts operands
+// along the lanes, and is the stride of weights; out_stride is in floats.
+template <int CHANNELS, int DEPTH, class Operand>
+void accumulate_rows(int64_t count, const Operand* weights, const Operand* rows, float* out, int64_t out_stride) {
+    constexpr int VECTORS = CHANNELS / LANES, NV = VECTORS >= 2 ? 2 : 1;
     int64_t j = 0;
     const auto step = [&](auto rows_at_once) {
-        constexpr int R = decltype(rows_at_once)::value;
-        for (; j + R <= count; j += R) {
-            accumulate_rows_of<R, CHANNELS>(depth, weights + j * weight_stride, weight_stride, rows, out + j * out_stride, out_stride);
+        constexpr int MR = decltype(rows_at_once)::value;
+        for (; j + MR <= count; j += MR) {
+            int v = 0;
+            for (; v + NV <= VECTORS; v += NV) {
+                accumulate_rows_block<MR, NV, DEPTH, CHANNELS>(weights + j * DEPTH, rows + v * LANES, out + j * out_stride + v * LANES,
+                                                               out_stride);
+            }
+            if constexpr (VECTORS % NV != 0) {
+                accumulate_rows_block<MR, VECTORS % NV, DEPTH, CHANNELS>(weights + j * DEPTH, rows + v * LANES,
+                                                                         out + j * out_stride + v * LANES, out_stride);
+            }
         }
     };
-    step(std::integral_constant<int, MR>());
-    if constexpr (MR > 4) step(std::integral_constant<int, 4>());
+    step(std::integral_constant<int, micro_rows(NV)>());
+    if constexpr (micro_rows(NV) > 4) step(std::integral_constant<int, 4>());
     step(std::integral_constant<int, 1>());
 }
 
