@@ -1,6 +1,7 @@
 // What happens to one row's scores between the two products, with keys in lanes: modifiers, masks, online softmax.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "vmath.h"
 
@@ -17,6 +18,11 @@ struct RowModifiers {
     float slope;
     int32_t position;     // of the query, less the tile's first key
     int32_t first, last;  // keys of the tile that may be attended
+
+    // Nothing but the scale, which then joins the exponential.
+    bool plain(int64_t count) const {
+        return count % LANES == 0 && scale > 0.0f && softcap == 0.0f && !key_scale && !bias && !allowed && !alibi && !bounded;
+    }
 };
 
 // The maximum, the sum of weights and the weighted values of one row so far.
@@ -49,22 +55,39 @@ inline float modify_row(const RowModifiers& m, float* scores, int64_t count) {
     return reduce_max(top);
 }
 
-// Turns scores into weights and brings the state up to date; returns the factor for what was summed before.
-inline float online_softmax(const RowModifiers& m, RowState& state, float* scores, int64_t count, float peak) {
+inline float greatest(const float* scores, int64_t count) {
+    vfloat top = load(scores);
+    for (int64_t k = LANES; k < count; k += LANES) top = vmax(top, load(scores + k));
+    return reduce_max(top);
+}
+
+// Turns scores, which `scale` multiplies, into weights and brings the state up to date; returns the factor for what was summed before.
+// peak: the greatest of the scaled scores.
+inline float online_softmax(const RowModifiers& m, RowState& state, float* scores, int64_t count, float scale, float peak) {
     const float top = peak > state.top ? peak : state.top;
     if (top == -INFINITY_F) {
         std::memset(scores, 0, size_t(count) * sizeof(float));
         return 1.0f;
     }
     const float rescale = top == state.top ? 1.0f : std::exp(state.top - top);
-    const vfloat shift = splat(top), log2_e = splat(LOG2_E);
+    const vfloat factor = splat(scale), shift = splat(-top), log2_e = splat(LOG2_E);
     vfloat sum = zero();
-    for (int64_t k = 0; k < count; k += LANES) {
-        vfloat weight = vexp2((load(scores + k) - shift) * log2_e);
-        sum += weight;
-        if (m.value_scale) weight *= load(m.value_scale + k);
-        store(scores + k, weight);
-    }
+    const auto weigh = [&](auto together, int64_t k) {
+        constexpr int N = decltype(together)::value;
+        vfloat weight[N];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) weight[n] = fma(load(scores + k + n * LANES), factor, shift) * log2_e;
+        vexp2(weight);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+            sum += weight[n];
+            if (m.value_scale) weight[n] *= load(m.value_scale + k + n * LANES);
+            store(scores + k + n * LANES, weight[n]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + LANES < count; k += 2 * LANES) weigh(std::integral_constant<int, 2>(), k);
+    if (k < count) weigh(std::integral_constant<int, 1>(), k);
     state.sum = state.sum * rescale + reduce_add(sum);
     state.top = top;
     return rescale;

@@ -192,8 +192,9 @@ class Worker {
         for (int64_t r = 0; r < task_->rows; ++r) {
             masks_.fill(r, kv_head * group_ + (task_->row + r) % group_, m);
             float* scores = scores_ + r * s_.tile;
-            const float peak = modify_row(m, scores, count);
-            rescale_[r] = online_softmax(m, rows[r], scores, count, peak);
+            const bool plain = m.plain(count);
+            const float peak = plain ? greatest(scores, count) * m.scale : modify_row(m, scores, count);
+            rescale_[r] = online_softmax(m, rows[r], scores, count, plain ? m.scale : 1.0f, peak);
         }
     }
 
