@@ -17,7 +17,7 @@ namespace {
 struct Setting {
     const char* name;
     int64_t q_heads, kv_heads, rows, keys, dim_k, dim_v;
-    int64_t threads = 1, splits = 0, block = 64, head_block = 1, stage = 9, ahead = 0, page = 0, left = -1;
+    int64_t threads = 1, splits = 0, block = 64, head_block = 1, stage = 9, ahead = 0, page = 0, left = -1, streams = 1;
     bool causal = false, extras = false, ids = false;
 };
 
@@ -85,6 +85,7 @@ int check(const Setting& s, const char* type) {
     if (s.ids) p.documents = ids.data(), p.document_row = 1, p.document_width = 2;
     d.k_descale = &k_descale, d.v_descale = &v_descale;
     d.head_k = s.dim_k, d.head_v = s.dim_v, d.head_block = s.head_block, d.stage = s.stage, d.ahead = s.ahead;
+    d.streams = s.streams;
 
     // Pages in reverse order; the table's unused entries are -1.
     const int64_t pages = s.page ? (s.keys + s.page - 1) / s.page : 0;
@@ -152,6 +153,11 @@ std::vector<Setting> settings() {
     }
     for (const int64_t keys : {1, 15, 16, 17, 64, 65, 333}) all.push_back({"keys", 4, 2, 1, keys, 40, 7, 1, 0, 64, 1, 9, 512});
     all.push_back({"no keys", 2, 1, 1, 0, 16, 16});
+    for (const int64_t streams : {2, 3, 8}) {
+        Setting asked{"streams", 8, 4, 1, 333, 40, 72, 2, 2, 64, 2, 9, 512};
+        asked.streams = streams;
+        all.push_back(asked);
+    }
     for (const int64_t page : {1, 7, 16, 64}) all.push_back({"pages", 6, 2, 2, 200, 24, 36, 2, 3, 32, 2, 9, 900, page});
     Setting s{"causal window", 4, 2, 5, 500, 48, 16, 2};
     s.causal = true, s.left = 70;

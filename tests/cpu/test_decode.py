@@ -98,9 +98,10 @@ TABLE_CASES = [
     c for c in CASES if read_conjunction(c.spec.mask) is not None and isinstance(c.spec.sparsity, sparsity.Dense)
 ]
 CUTS: list[dict[str, Any]] = [
-    {"kv_splits": 1, "block_kv": 32, "prefetch": 0},
+    {"kv_splits": 1, "block_kv": 32, "prefetch": 0, "streams": 1},
     {"kv_splits": 2, "block_kv": 128, "kv_heads": 2},
-    {"kv_splits": 8, "block_kv": 64, "widen_rows": 1, "prefetch": 1024},
+    {"kv_splits": 8, "block_kv": 64, "widen_rows": 1, "prefetch": 1024, "streams": 1},
+    {"kv_splits": 2, "block_kv": 32, "kv_heads": 2, "streams": 8},
     {"kv_splits": 32, "block_kv": 256, "widen_rows": 3},
 ]
 

@@ -48,9 +48,10 @@ class Decode {
   private:
     static Shape make_shape(const DecodeParams& d, const Plan& plan) {
         const int64_t rows = round_up(plan.most_rows, LANES), tile = round_up(std::max<int64_t>(d.call.block_kv, 1), LANES);
-        const int64_t ahead = std::min<int64_t>((d.ahead + d.head_k * sizeof(T) - 1) / (d.head_k * sizeof(T)), tile);
+        const int64_t ahead =
+            d.streams > 1 ? tile : std::min<int64_t>((d.ahead + d.head_k * sizeof(T) - 1) / (d.head_k * sizeof(T)), tile);
         return {d.head_k, d.head_v, round_up(d.head_k, LANES), round_up(d.head_v, LANES), tile, rows, plan.head_block * rows,
-                d.stage, ahead};
+                d.stage, ahead, d.streams};
     }
     static Documents without_documents(Params p) {
         p.documents = nullptr;

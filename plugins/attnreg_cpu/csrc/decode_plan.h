@@ -19,6 +19,7 @@ struct DecodeParams {
     int64_t head_block;          // KV heads that one task walks together
     int64_t stage;               // rows from which keys and values are widened once a tile
     int64_t ahead;               // bytes of keys or values that are asked for in advance; 0: none
+    int64_t streams;             // above 1: a whole tile is asked for in advance, in so many places in turn
 };
 
 struct Task {

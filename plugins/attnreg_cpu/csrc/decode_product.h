@@ -40,19 +40,23 @@ ATTNREG_INLINE vfloat sum_each(vfloat v[LANES]) {
 }
 #endif
 
-// Rows to ask for stand `rows` places on (0: none is asked for). What comes is read from the first cache only (see STRIP). Zen 5 does best
-// when asked not to keep it; Zen 3 then drops lines before they are read (measured: 18.7 against 21.2 GB/s, bfloat16, 4 rows a KV head).
+// What to ask memory for while rows are read: with each, the row at its place in `rows` (null: nothing is asked for).
+template <class T>
 struct Ahead {
-    int64_t rows = 0;
+    const T* const* rows = nullptr;
 
+    // Zen 5 does best when asked not to keep what comes; Zen 3 then drops lines before they are read (measured: 18.7 against 21.2 GB/s,
+    // bfloat16, 4 rows a KV head).
 #if defined(ATTNREG_AVX512)
     static constexpr int KEEP = 0;
 #else
     static constexpr int KEEP = 3;
 #endif
-    ATTNREG_INLINE static void ask(const void* at) { __builtin_prefetch(at, 0, KEEP); }
-    ATTNREG_INLINE static void ask_span(const void* first, int64_t bytes) {
-        for (int64_t at = 0; at < bytes; at += 64) ask(static_cast<const char*>(first) + at);
+    explicit operator bool() const { return rows != nullptr; }
+    Ahead from(int64_t row) const { return {rows ? rows + row : nullptr}; }
+    // Bytes at .. at + bytes of the row that stands beside row `row`.
+    ATTNREG_INLINE void ask(int64_t row, int64_t at, int64_t bytes) const {
+        for (int64_t end = at + bytes; at < end; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[row]) + at, 0, KEEP);
     }
 };
 
@@ -145,7 +149,7 @@ ATTNREG_INLINE void load_registers(const T* p, vfloat (&y)[N]) {
 
 // scores[r * stride + k] = q[r] . keys[k] for ROWS rows and LANES / ROWS keys. Asks for the rows `ahead`.
 template <class T, int ROWS>
-ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, Ahead ahead, float* scores,
+ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* keys, int64_t dim, Ahead<T> ahead, float* scores,
                              int64_t stride) {
     constexpr int KEYS = LANES / ROWS, STEP = KEYS < 4 ? KEYS : 4;
     constexpr int LINE = 64 / int(sizeof(T)) / LANES > 2 ? 64 / int(sizeof(T)) / LANES : 2;  // registers of a cache line
@@ -161,12 +165,12 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
             for (; d + LINE * LANES <= dim; d += LINE * LANES) {
                 if constexpr (decltype(asks)::value) {
 #pragma GCC unroll 4
-                    for (int k = 0; k < STEP; ++k) ahead.ask_span(keys[first + k + ahead.rows] + d, LINE * LANES * sizeof(T));
+                    for (int k = 0; k < STEP; ++k) ahead.ask(first + k, d * int64_t(sizeof(T)), LINE * LANES * int64_t(sizeof(T)));
                 }
                 sum.template add<LINE>(q, q_stride, d, load_keys);
             }
         };
-        if (ahead.rows > 0) {
+        if (ahead) {
             line(std::true_type());
         } else {
             line(std::false_type());
@@ -188,19 +192,19 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
 }
 
 template <class T, int ROWS>
-ATTNREG_ALONE void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead ahead, float* scores,
+ATTNREG_ALONE void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead<T> ahead, float* scores,
               int64_t stride) {
-    for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead, scores + k, stride);
+    for (int64_t k = 0; k < count; k += LANES / ROWS) dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead.from(k), scores + k, stride);
 }
 
 // Scores of `rows` rows; `keys` is readable up to the next multiple of LANES.
 template <class T>
-void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, Ahead asked,
+void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* keys, int64_t count, int64_t dim, Ahead<T> asked,
               float* scores, int64_t stride) {
     const int64_t strip = strip_rows<T>(dim);
     for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
         const int64_t part = std::min(strip, count - k);
-        Ahead ahead = asked;
+        Ahead<T> ahead = asked.from(k);
         int64_t r = 0;
         const auto take = [&](auto block) {
             constexpr int ROWS = decltype(block)::value;
@@ -215,11 +219,11 @@ void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* ke
 
 // The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
 template <int VECTORS>
-ATTNREG_ALONE void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim, Ahead ahead,
-                    float* scores, int64_t stride) {
+ATTNREG_ALONE void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim,
+                                  Ahead<float> ahead, float* scores, int64_t stride) {
     constexpr int MOST = VECTOR_REGISTERS > 16 || VECTORS == 1 ? 8 : 4, KEYS = LANES < MOST ? LANES : MOST;
     for (int64_t k = 0; k < count; k += LANES) {
-        for (int i = 0; i < LANES && ahead.rows > 0; ++i) Ahead::ask_span(keys[k + i + ahead.rows], dim * int64_t(sizeof(float)));
+        for (int i = 0; i < LANES && ahead; ++i) ahead.ask(k + i, 0, dim * int64_t(sizeof(float)));
         vfloat block[VECTORS][LANES];
         for (int first = 0; first < LANES; first += KEYS) {
             vfloat sum[KEYS][VECTORS];
@@ -253,12 +257,12 @@ ATTNREG_ALONE void broadcast_rows(const float* q_columns, int64_t q_stride, cons
 
 // `rows` rounded up to whole registers may be read and written.
 inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
-                           int64_t dim, Ahead asked, float* scores, int64_t stride) {
+                           int64_t dim, Ahead<float> asked, float* scores, int64_t stride) {
     constexpr int VECTORS = 2;
     const int64_t strip = strip_rows<float>(dim);
     for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
         const int64_t part = std::min(strip, count - k);
-        Ahead ahead = asked;
+        Ahead<float> ahead = asked.from(k);
         int64_t r = 0;
         for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES, ahead = {}) {
             broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
@@ -270,7 +274,7 @@ inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t row
 // out[r] = out[r] * rescale[r] + sum over k of weights[r * stride + k] * values[k], columns `column` to `column` + COLS * LANES.
 template <class T, int ROWS, int COLS>
 ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count,
-                               int64_t column, int64_t part, Ahead ahead, float* out, int64_t out_stride) {
+                               int64_t column, int64_t part, Ahead<T> ahead, float* out, int64_t out_stride) {
     vfloat sum[ROWS][COLS];
     for (int r = 0; r < ROWS; ++r) {
         const vfloat factor = splat(rescale[r]);
@@ -279,7 +283,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
     for (int64_t k = 0; k < count; ++k) {
         const T* value = values[k] + column;
         // Each run over the columns asks for its own, so that none computes while memory rests.
-        if (ahead.rows > 0) Ahead::ask_span(values[k + ahead.rows] + column, COLS * LANES * int64_t(sizeof(T)));
+        if (ahead) ahead.ask(k, column * int64_t(sizeof(T)), COLS * LANES * int64_t(sizeof(T)));
         vfloat weight[ROWS];
         for (int r = 0; r < ROWS; ++r) weight[r] = splat(weights[r * stride + k]);
         constexpr int N = COLS < Together<T>::value ? 1 : Together<T>::value;
@@ -304,7 +308,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
 
 template <class T, int ROWS, int COLS>
 void add_columns(const float* weights, int64_t stride, const float* rescale, const T* const* values, int64_t count, int64_t column,
-                 int64_t dim, Ahead ahead, float* out, int64_t out_stride) {
+                 int64_t dim, Ahead<T> ahead, float* out, int64_t out_stride) {
     for (; column + COLS * LANES <= dim; column += COLS * LANES) {
         add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
@@ -318,12 +322,12 @@ void add_columns(const float* weights, int64_t stride, const float* rescale, con
 // `rescale` is used up: it holds ones afterwards.
 template <class T>
 void add_tile(const float* weights, int64_t stride, int64_t rows, float* rescale, const T* const* values, int64_t count, int64_t dim,
-              Ahead asked, float* out, int64_t out_stride) {
+              Ahead<T> asked, float* out, int64_t out_stride) {
     constexpr int SUMS = VECTOR_REGISTERS > 16 ? 16 : 8;
     const int64_t strip = strip_rows<T>(dim);
     for (int64_t k = 0; k < count; k += strip, values += strip, weights += strip) {
         const int64_t part = std::min(strip, count - k);
-        Ahead ahead = asked;
+        Ahead<T> ahead = asked.from(k);
         int64_t r = 0;
         const auto add = [&](auto block) {
             constexpr int ROWS = decltype(block)::value, COLS = SUMS / ROWS < 8 ? SUMS / ROWS : 8;
