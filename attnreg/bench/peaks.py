@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,9 +16,8 @@ import torch
 
 from attnreg.hardware import Hardware
 
-__all__ = ["Peaks", "measure_peaks"]
+__all__ = ["PeakLoops", "Peaks"]
 
-TRIES = 7
 ROUNDS = 4_000_000
 
 
@@ -31,49 +29,43 @@ class Peaks:
     read: float
     how: str
 
-    def share(self, flops: float, moved: float, seconds: float) -> tuple[float, float]:
-        """Which share of either peak a call of that much work reached."""
-        return flops / seconds / self.flops, moved / seconds / self.read
+
+class PeakLoops:
+    """Two calls that do nothing but multiply and add, or read memory once, on every thread.
+
+    multiply, read: the calls; flops, bytes: what one call does. A run takes turns with the contestants, so a share of
+    a peak pairs like with like on a machine whose speed varies. By torch where there is no compiler.
+
+    bytes: to read; four times the last cache, at least 128 MiB, unless given. rounds: of the multiply-add loop.
+    """
+
+    def __init__(self, hardware: Hardware, threads: int, *, size: int | None = None, rounds: int = ROUNDS) -> None:
+        self._buffer = torch.ones((size or max(4 * hardware.caches[2], 1 << 27)) // 4)
+        self.multiply: Callable[[], object]
+        self.read: Callable[[], object]
+        library = _compiled()
+        if library is None:
+            square = torch.randn(1024, 1024)
+            self.multiply, self.flops = (lambda: torch.mm(square, square)), 2.0 * 1024**3
+            self.read, self.bytes = self._buffer.sum, 4.0 * self._buffer.numel()
+            self.how = "torch.mm and Tensor.sum, since no C compiler was found: below the true peaks"
+            return
+        part = self._buffer.numel() // threads // 128 * 128
+        self.flops = threads * library.attnreg_fma(rounds, ctypes.byref(ctypes.c_float(0)))
+        self.bytes = 4.0 * part * threads
+        self.how = f"C loops on {threads} threads"
+        start = self._buffer.data_ptr()
+        self.multiply = lambda: _each(lambda n: library.attnreg_fma(rounds, ctypes.byref(ctypes.c_float(0))), threads)
+        self.read = lambda: _each(lambda n: library.attnreg_read(start + 4 * part * n, part), threads)
 
 
-def measure_peaks(hardware: Hardware, threads: int) -> Peaks:
-    """Best of several tries of a small C loop on each thread; by torch where there is no compiler."""
-    buffer = torch.ones(max(4 * hardware.caches[2], 1 << 27) // 4)
-    library = _compiled()
-    if library is None:
-        square = torch.randn(1024, 1024)
-        flops = max(2 * 1024**3 / _timed(lambda: torch.mm(square, square)) for _ in range(TRIES))
-        read = max(buffer.numel() * 4 / _timed(buffer.sum) for _ in range(TRIES))
-        return Peaks(flops, read, "torch.mm and Tensor.sum, since no C compiler was found: below the true peaks")
-    part = buffer.numel() // threads // 128 * 128
-    done = [0.0] * threads
-
-    def multiply(n: int) -> None:
-        done[n] = library.attnreg_fma(ROUNDS, ctypes.byref(ctypes.c_float(0)))
-
-    def scan(n: int) -> None:
-        library.attnreg_read(buffer.data_ptr() + 4 * part * n, part)
-
-    flops = max(_each(multiply, threads, lambda: sum(done)) for _ in range(TRIES))
-    read = max(_each(scan, threads, lambda: float(4 * part * threads)) for _ in range(TRIES))
-    return Peaks(flops, read, f"a C loop on {threads} threads, best of {TRIES}")
-
-
-def _each(work: Callable[[int], None], threads: int, amount: Callable[[], float]) -> float:
-    """Amount a second of `work(n)` on every thread at once; ctypes lets go of the interpreter's lock."""
+def _each(work: Callable[[int], object], threads: int) -> None:
+    """`work(n)` on every thread at once; ctypes lets go of the interpreter's lock."""
     workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
-    start = time.perf_counter()
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return amount() / (time.perf_counter() - start)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _compiled() -> ctypes.CDLL | None:

@@ -81,9 +81,10 @@ HOW = """\
 attnreg against its peers on one machine, by one command. The contestants of a case take turns, in another order each
 round, and a ratio is the median over rounds of a peer's time over ours in the same round, with its 95% interval:
 above 1, attnreg is faster. Each answer is first held to the float64 oracle; a contestant that is wrong is not timed.
-Probes of arithmetic and reading run between the samples, and a round next to a slow one is dropped. The peaks are those
-of a multiply-add loop and of reading memory, measured beside each case; caches are warm, so a share of the read
-bandwidth may pass 100% where part of the keys lies in the last cache.
+Probes of arithmetic and reading run between the samples, and a round next to a slow one is dropped. The peaks are two
+plain loops, one of multiply-adds and one that reads memory from start to end on every thread. They take their turns
+like a contestant, and a share is paired by round as well. Such a loop is no limit: where part of the keys lies in the
+last cache, or several places are asked for at once, a share of the read bandwidth passes 100%.
 """
 
 

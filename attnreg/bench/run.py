@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnreg import dispatch
-from attnreg.bench.peaks import Peaks, measure_peaks
+from attnreg.bench.peaks import PeakLoops, Peaks
 from attnreg.bench.peers import PEERS, UnfitError
 from attnreg.errors import AttnregError
 from attnreg.hardware import detect
@@ -29,6 +29,8 @@ from attnreg.tuning.stats import Interval, interval, log_ratios
 __all__ = ["OURS", "CaseResult", "Contestant", "Options", "run_case"]
 
 OURS = "attnreg"
+MULTIPLY, READ = "peak of multiply-adds", "peak of reading"
+"""The loops that stand for the machine's peaks, which take their turns like any contestant."""
 DOCUMENTS = 8
 PAIRS = 1 << 22
 """Score entries that a peer's check against the oracle looks at."""
@@ -76,7 +78,7 @@ class Contestant:
 class CaseResult:
     """Every contestant of a case. ratios: a contestant's time over ours, (low, estimate, high).
 
-    shares: of the multiply-add and the read peak; peaks: as measured just before the rounds.
+    shares: of the multiply-add and the read peak, paired by round; peaks: their medians over the rounds.
     """
 
     suite: str
@@ -101,21 +103,25 @@ class CaseResult:
         return min(timed, key=lambda c: c.median).name if timed else None
 
 
-def run_case(suite: str, case: Case, options: Options, peaks: Peaks | None = None) -> CaseResult:
-    """Prepare, check and time every contestant of a case; the peaks are measured with it, since they drift."""
+def run_case(suite: str, case: Case, options: Options, loops: PeakLoops | None = None) -> CaseResult:
+    """Prepare, check and time every contestant of a case, and the machine's peaks beside them, since they drift."""
     problem, inputs = case.problem, _inputs(case.problem)
     hardware = detect(problem.device)
     explained = dispatch.decision_of(inputs.problem)
     ready, idle = _prepare(inputs, options)
+    loops = loops or PeakLoops(hardware, torch.get_num_threads())
     clock = Clock(hardware, "warm", options.sample_seconds)
-    probes = Probes(hardware)
-    peaks = peaks or measure_peaks(hardware, torch.get_num_threads())
-    samples, dropped = _rounds(ready, clock, probes, options)
+    timed = {**ready, MULTIPLY: loops.multiply, READ: loops.read}
+    samples, dropped = _rounds(timed, clock, Probes(hardware), options)
     contestants = [Contestant(name, tuple(samples[name])) for name in ready] + idle
     ours = samples[OURS]
-    ratios = {name: _ratio(samples[name], ours, options.confidence) for name in ready if name != OURS and samples[name]}
+    ratios = {name: _ratio(samples[name], ours, options.confidence) for name in timed if name != OURS and samples[name]}
+    multiply, read = ratios.pop(MULTIPLY)[1], ratios.pop(READ)[1]
     known = inputs.problem.live_pairs.kind != "bound"  # run-time masks: how much work there was is not known
-    shares = peaks.share(problem.flops if known else math.nan, problem.bytes, statistics.median(ours))
+    shares = (problem.flops / loops.flops * multiply if known else math.nan, problem.bytes / loops.bytes * read)
+    peaks = Peaks(
+        loops.flops / statistics.median(samples[MULTIPLY]), loops.bytes / statistics.median(samples[READ]), loops.how
+    )
     config = ", ".join(f"{n}={v}" for n, v in explained.config.items())
     chosen = f"{explained.backend}({config}), {explained.source}"
     return CaseResult(suite, case.name, problem, chosen, tuple(contestants), ratios, dropped, shares, peaks)

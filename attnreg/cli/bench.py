@@ -18,6 +18,7 @@ from rich.text import Text
 
 from attnreg.bench.chart import write_chart
 from attnreg.bench.overhead import measure_overhead
+from attnreg.bench.peaks import PeakLoops
 from attnreg.bench.peers import PEERS
 from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, shares_text, to_json
 from attnreg.bench.run import OURS, CaseResult, Options, run_case
@@ -60,8 +61,9 @@ def bench(
     machine = _machine(hardware)
     if cases:
         console.print(f"{machine['hardware']}, {machine['threads']} threads, {machine['versions']}\n", highlight=False)
+        loops = PeakLoops(hardware, torch.get_num_threads())
         for name, case in cases:
-            results.append(run_case(name, case, options))
+            results.append(run_case(name, case, options, loops))
             _print_case(results[-1])
             _write(results, machine, json_file, markdown_file)  # a run takes long, and may be cut off
         _print_claims(results)

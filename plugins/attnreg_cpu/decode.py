@@ -104,7 +104,12 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
                 lambda c: c["streams"] == 1 or c["prefetch"] == default["prefetch"],
             ),
         ],
-        seeds=[default, {**default, "streams": 4 if default["streams"] == 1 else 1}, {**default, "block_kv": 128}, {**default, "prefetch": 4096}],
+        seeds=[
+            default,
+            {**default, "streams": 4 if default["streams"] == 1 else 1},
+            {**default, "block_kv": 128},
+            {**default, "prefetch": 4096},
+        ],
     )
 
 

@@ -18,7 +18,7 @@ from attnreg.bench import peers, run
 from attnreg.bench.chart import write_chart
 from attnreg.bench.claims import CLAIMS, Claim
 from attnreg.bench.overhead import measure_overhead
-from attnreg.bench.peaks import Peaks, measure_peaks
+from attnreg.bench.peaks import PeakLoops, Peaks
 from attnreg.bench.report import hold, markdown, to_json
 from attnreg.bench.run import OURS, CaseResult, Contestant, Options, run_case
 from attnreg.cli import app, commands
@@ -38,6 +38,12 @@ MACHINE: dict[str, Any] = {
     "command": "x",
 }
 CAUSAL = AttentionSpec(mask=masks.Causal())
+
+
+def small_loops() -> PeakLoops:
+    return PeakLoops(detect("cpu"), 2, size=1 << 20, rounds=1000)
+
+
 SMALL = {
     "full": attention_problem(AttentionSpec(), (2, 2), 64, 64, 16),
     "causal grouped": attention_problem(CAUSAL, (4, 2), 64, 64, 16),
@@ -88,7 +94,7 @@ def test_a_runtime_is_right_where_it_is_installed_and_says_so_where_it_is_not(na
 def test_a_peer_that_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"zeros": lambda p, i: lambda q, k, v, **named: torch.zeros_like(q)}
     monkeypatch.setattr(run, "PEERS", wrong)
-    result = run_case("prefill", Case("tiny", SMALL["full"]), Options(rounds=2, sample_seconds=0), PEAKS)
+    result = run_case("prefill", Case("tiny", SMALL["full"]), Options(rounds=2, sample_seconds=0), small_loops())
     assert result.get("zeros").samples == ()
     assert result.get("zeros").why.startswith("wrong: ")
     assert len(result.get(OURS).samples) == 2
@@ -178,16 +184,28 @@ def test_documents_hold_every_sample_and_say_what_did_not_run(tmp_path: Path) ->
         write_chart(tmp_path / "chart.gif", results, MACHINE)
 
 
-def test_peaks_are_measured_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnreg.bench.peaks.TRIES", 1)
-    compiled = measure_peaks(detect("cpu"), 1)
+def test_peaks_are_loops_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = small_loops()
     monkeypatch.setattr("attnreg.bench.peaks.shutil.which", lambda name: None)
-    plain = measure_peaks(detect("cpu"), 1)
-    for peaks in (compiled, plain):
-        assert 1e8 < peaks.flops < 1e14
-        assert 1e7 < peaks.read < 1e13
-    assert "C loop" in compiled.how
+    plain = small_loops()
+    for loops in (compiled, plain):
+        loops.multiply()
+        loops.read()
+        assert loops.bytes == 1 << 20
+    assert compiled.flops % (2 * 1000 * 12) == 0, "rounds x chains of multiply-adds a lane"
+    assert "C loops" in compiled.how
     assert "below the true peaks" in plain.how
+
+
+def test_shares_of_the_peaks_are_paired_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    drifting = {OURS: [1.0, 2.0, 4.0], run.MULTIPLY: [2.0, 4.0, 8.0], run.READ: [0.5, 1.0, 2.0]}
+    monkeypatch.setattr(run, "_rounds", lambda *rest: (drifting, 0))
+    problem, loops = SMALL["full"], small_loops()
+    result = run_case("prefill", Case("tiny", problem), Options(peers=()), loops)
+    assert [c.name for c in result.contestants] == [OURS], "the loops take turns but are no contestants"
+    assert not result.ratios
+    assert result.shares == pytest.approx((2.0 * problem.flops / loops.flops, 0.5 * problem.bytes / loops.bytes))
+    assert (result.peaks.flops, result.peaks.read) == (loops.flops / 4.0, loops.bytes / 1.0)
 
 
 def test_overhead_is_measured_on_the_op_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
