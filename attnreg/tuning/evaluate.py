@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from attnreg.measure import Bench, Candidate, Died, Opened, Refusal, Round, Verdict
-from attnreg.tuning.stats import interval, log_ratios
+from attnreg.tuning.stats import Interval, interval, log_ratios
 
-__all__ = ["Evaluator", "Outcome", "paired"]
+__all__ = ["Evaluator", "Outcome", "paired", "paired_interval"]
 
 ROUNDS = 5
 CLOSE_ROUNDS = 12
@@ -115,7 +115,7 @@ class Evaluator:
             ratio = _ratio(rounds)
         if ratio >= FASTER:
             self._close(candidate)
-            return usual * ratio, usual * math.exp(interval(paired(rounds, 1, 0), CONFIDENCE)[0])
+            return usual * ratio, usual * math.exp(paired_interval(rounds, 1, 0, CONFIDENCE)[0])
         # Fresh rounds: those that made it look fastest were lucky ones, and its error goes into all that follow.
         seconds = usual * _ratio(self.bench.rounds([reference, candidate], CLOSE_ROUNDS))
         self._close(reference)
@@ -133,8 +133,18 @@ def paired(rounds: Sequence[Round], one: int, other: int) -> list[float]:
     On a machine that is never quiet, many disturbed pairs say more than two quiet ones.
     """
     clean = [r for r in rounds if r.quiet[one] and r.quiet[other]]
-    clean = clean if 2 * len(clean) >= len(rounds) else list(rounds)
-    return log_ratios([r.seconds[one] for r in clean], [r.seconds[other] for r in clean])
+    return _logs(clean if 2 * len(clean) >= len(rounds) else rounds, one, other)
+
+
+def paired_interval(rounds: Sequence[Round], one: int, other: int, confidence: float) -> Interval:
+    """(low, estimate, high) of the paired log ratios: of all rounds where the undisturbed ones are too few for an
+    interval, which would call anything a tie."""
+    found = interval(paired(rounds, one, other), confidence)
+    return found if math.isfinite(found[0]) else interval(_logs(rounds, one, other), confidence)
+
+
+def _logs(rounds: Sequence[Round], one: int, other: int) -> list[float]:
+    return log_ratios([r.seconds[one] for r in rounds], [r.seconds[other] for r in rounds])
 
 
 def _ratio(rounds: Sequence[Round]) -> float:

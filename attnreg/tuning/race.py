@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from attnreg.evidence import memory_class
 from attnreg.measure import Bench, Candidate, Died, Refusal, Round
 from attnreg.records import Quantiles
-from attnreg.tuning.evaluate import paired
-from attnreg.tuning.stats import Interval, interval, least_rounds
+from attnreg.tuning.evaluate import paired_interval
+from attnreg.tuning.stats import Interval, least_rounds
 
 __all__ = ["TIE", "Finish", "Lap", "race"]
 
@@ -100,8 +100,8 @@ def race(
     return _finish(state, finalists, memory, confidence)
 
 
-def _pairs(laps: Sequence[Lap], one: str, other: str) -> list[float]:
-    """Log time ratios of two candidates over every lap that both ran in."""
+def _compare(laps: Sequence[Lap], one: str, other: str, confidence: float) -> Interval:
+    """Log ratio of two candidates' times with its interval, over every lap that both ran in."""
     rounds = [
         Round((r.seconds[n], r.seconds[m]), (r.quiet[n], r.quiet[m]))
         for lap in laps
@@ -109,14 +109,14 @@ def _pairs(laps: Sequence[Lap], one: str, other: str) -> list[float]:
         for n, m in ((lap.candidates.index(one), lap.candidates.index(other)),)
         for r in lap.rounds
     ]
-    return paired(rounds, 0, 1)
+    return paired_interval(rounds, 0, 1, confidence)
 
 
 def _leader(laps: Sequence[Lap], running: Sequence[Candidate]) -> Candidate:
     """Who is fastest by the paired estimates: the one whose worst ratio to another is smallest."""
 
     def regret(c: Candidate) -> float:
-        return max((interval(_pairs(laps, c.key, o.key), 0.9)[1] for o in running if o != c), default=0.0)
+        return max((_compare(laps, c.key, o.key, 0.9)[1] for o in running if o != c), default=0.0)
 
     return min(running, key=regret)
 
@@ -126,7 +126,7 @@ def _drop_slower(state: _State, confidence: float) -> None:
         return
     lead = _leader(state.laps, state.running)
     state.running = [
-        c for c in state.running if c == lead or not _slower(interval(_pairs(state.laps, c.key, lead.key), confidence))
+        c for c in state.running if c == lead or not _slower(_compare(state.laps, c.key, lead.key, confidence))
     ]
 
 
@@ -139,7 +139,7 @@ def _slower(ratio: Interval) -> bool:
 def _settled(state: _State, confidence: float) -> bool:
     """Every interval lies within the tie: more rounds would change nothing."""
     lead = _leader(state.laps, state.running)
-    ratios = [interval(_pairs(state.laps, c.key, lead.key), confidence) for c in state.running if c != lead]
+    ratios = [_compare(state.laps, c.key, lead.key, confidence) for c in state.running if c != lead]
     return all(low >= -TIE and high <= TIE for low, _, high in ratios)
 
 
@@ -157,13 +157,13 @@ def _finish(
         return None
     lead = _leader(state.laps, state.running)
     level = [
-        c for c in state.running if c == lead or not _slower(interval(_pairs(state.laps, c.key, lead.key), confidence))
+        c for c in state.running if c == lead or not _slower(_compare(state.laps, c.key, lead.key, confidence))
     ]
     # What too few rounds could not tell apart is named as a tie, but only what is really level is chosen by memory.
-    near = [c for c in level if c == lead or interval(_pairs(state.laps, c.key, lead.key), confidence)[1] <= LEVEL]
+    near = [c for c in level if c == lead or _compare(state.laps, c.key, lead.key, confidence)[1] <= LEVEL]
     winner = min(near, key=lambda c: (memory_class(memory.get(c.key, 0)), c.backend, c.key))
     others = [c for c in finalists if c != winner and c.key not in state.broke]
-    ratios = {c.key: interval(_pairs(state.laps, c.key, winner.key), confidence) for c in others}
+    ratios = {c.key: _compare(state.laps, c.key, winner.key, confidence) for c in others}
     every = [quiet for lap in state.laps for r in lap.rounds for quiet in r.quiet]
     dropped = every.count(False)
     return Finish(

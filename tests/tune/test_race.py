@@ -12,7 +12,7 @@ from scipy.stats import wilcoxon
 
 from attnreg.evidence import memory_class
 from attnreg.measure import Candidate, Died, Opened, Round
-from attnreg.tuning.evaluate import Evaluator, paired
+from attnreg.tuning.evaluate import Evaluator, paired, paired_interval
 from attnreg.tuning.finals import field_of, more_of
 from attnreg.tuning.outcome import level_with
 from attnreg.tuning.race import race
@@ -67,6 +67,14 @@ def test_disturbed_samples_do_not_count() -> None:
     rounds = [Round((1.0, 2.0), (True, True))] * 3 + [Round((9.0, 2.0), (False, True))]
     assert paired(rounds, 0, 1) == [-math.log(2)] * 3
     assert len(paired([Round((1.0, 2.0), (False, False))] * 5 + [Round((1.0, 2.0), (True, True))], 0, 1)) == 6
+
+
+def test_disturbed_samples_count_where_the_others_are_too_few_for_an_interval() -> None:
+    """Half of the rounds disturbed must not make a tie of a candidate that is slower by two thirds in all of them."""
+    quiet, disturbed = Round((1.7, 1.0), (True, True)), Round((1.6, 1.0), (False, True))
+    rounds = [quiet, disturbed] * (least_rounds(0.99) - 2)
+    assert paired_interval(rounds, 0, 1, 0.99)[0] >= math.log(1.6)
+    assert paired_interval([quiet] * 3, 0, 1, 0.99)[0] == -math.inf
 
 
 def test_too_few_rounds_never_make_a_slow_candidate_the_winner() -> None:
