@@ -24,8 +24,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports & linted=$$!; $(BIN)/mypy && wait $$linted
 
 bench: $(STAMP)
 	$(BIN)/attnreg bench

@@ -189,7 +189,7 @@ def _flex(block: int, p: Problem, inputs: Inputs) -> Run:
             (heads or 1) * p.sq * p.skv, most=1 << 29
         )  # making the blocks takes ten bytes a pair (measured)
         size = getattr(spec.sparsity, "block", 1)
-        dense = allowed(p, {})[0, :, ::size, ::size] if size > 1 else torch.ones(1, 1, 1, dtype=torch.bool)
+        dense = allowed(p, {})[0, :, ::size, ::size].clone() if size > 1 else torch.ones(1, 1, 1, dtype=torch.bool)
         mask = create_block_mask(mod, None, heads, p.sq, p.skv, device="cpu", BLOCK_SIZE=block)
     call, said = _compiled_flex((str(p), block)), {"scale": p.scale, "enable_gqa": p.group > 1}
     return lambda q, k, v, **named: call(q, k, v, block_mask=mask, **said)

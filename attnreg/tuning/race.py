@@ -156,9 +156,7 @@ def _finish(
     if not state.running:
         return None
     lead = _leader(state.laps, state.running)
-    level = [
-        c for c in state.running if c == lead or not _slower(_compare(state.laps, c.key, lead.key, confidence))
-    ]
+    level = [c for c in state.running if c == lead or not _slower(_compare(state.laps, c.key, lead.key, confidence))]
     # What too few rounds could not tell apart is named as a tie, but only what is really level is chosen by memory.
     near = [c for c in level if c == lead or _compare(state.laps, c.key, lead.key, confidence)[1] <= LEVEL]
     winner = min(near, key=lambda c: (memory_class(memory.get(c.key, 0)), c.backend, c.key))
