@@ -10,7 +10,7 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem, TensorInfo
 from attnreg.records import Gate, Policy, Quantiles, Record, Rival, hardware_facts, software
 
-HARDWARE = Hardware("cpu", "amd", "family25-model1", "avx2", 2, isa=("avx2", "fma"), caches=(32768, 524288, 2**25))
+HARDWARE = Hardware("cpu", "amd", "family99-model9", "avx2", 2, isa=("avx2", "fma"), caches=(32768, 524288, 2**25))
 VERSIONS = {"cpu": "1", "sdpa": "2.13", "eager": "1"}
 
 
