@@ -133,3 +133,29 @@ def test_every_code_is_read_right(name: str) -> None:
     _, lse = prepare(spec, rows, keys, keys, one)(rows, keys, keys, **one)
     want = torch.where(finite, codes.float(), 0.0) / 16
     assert error(lse.view(256), want.double()) <= 2e-6 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1), (40, 2)], ids=str)
+@pytest.mark.parametrize("dims", [(128, 128), (72, 40), (24, 8)], ids=str)
+def test_a_nan_reaches_what_it_belongs_to(name: str, heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    """A NaN of a key every channel of its KV head's rows, one of a value its own channel, and nothing else."""
+    g = torch.Generator().manual_seed(5)
+    (hq, hkv), (dim, dim_v), skv = heads, dims, 301
+    q = torch.randn(3, hq, 1, dim, generator=g)
+    k, v = draw(name, g, 3, hkv, skv, dim), draw(name, g, 3, hkv, skv, dim_v)
+    nan = torch.tensor(0xFF, dtype=torch.uint8)
+    k.view(torch.uint8)[0, -1, skv - 1, dim - 1] = nan
+    v.view(torch.uint8)[1, 0, 17, 0] = nan
+    v.view(torch.uint8)[1, 0, skv - 2, dim_v - 1] = nan
+    named = {"k_descale": torch.tensor(0.02), "v_descale": torch.tensor(0.03)}
+    lost = torch.zeros(3, hkv, hq // hkv, dim_v, dtype=torch.bool)
+    lost[0, -1], lost[1, 0, :, 0], lost[1, 0, :, -1] = True, True, True
+    clean_k = k.view(torch.uint8).where(k.view(torch.uint8) != nan, torch.zeros_like(nan)).view(k.dtype)
+    clean_v = v.view(torch.uint8).where(v.view(torch.uint8) != nan, torch.zeros_like(nan)).view(v.dtype)
+    for config in ({}, {"widen_rows": 1, "block_kv": 128}, {"kv_splits": 3}):
+        attend = prepare(spec_of(name, "tensor"), q, k, v, named, **config)
+        out, _ = attend(q, k, v, **named)
+        clean, _ = attend(q, clean_k, clean_v, **named)
+        assert torch.equal(out.isnan(), lost.view(3, hq, 1, dim_v))
+        assert torch.equal(out[2], clean[2])

@@ -132,14 +132,17 @@ class Worker {
         for (int64_t j = 0; j < s_.ahead; ++j) *row++ = k + next + following[j];
         if (s_.streams <= 1) return s_.ahead > 0 ? Ahead<T>{keys_ + s_.ahead} : Ahead<T>{};
         // Memory serves a few streams faster than one (measured on a Zen 3: 26.6 against 22.0 GB/s, float32, one row a KV head).
-        for (int64_t j = 0; j < padded; ++j) asked_[j] = v + value_at_[turn(j, count)];
-        for (int64_t j = 0; j < count; ++j) asked_[padded + j] = k + next + following[turn(j, count)];
+        in_turns(v, value_at_, count, padded, asked_);
+        in_turns(k + next, following, count, count, asked_ + padded);
         return {asked_};
     }
-    // The j-th of `count` rows when as many parts as there are streams take turns.
-    int64_t turn(int64_t j, int64_t count) const {
+    // `wanted` of `count` rows, the last repeated, in the order in which as many parts of them as there are streams take turns.
+    void in_turns(const T* base, const int64_t* at, int64_t count, int64_t wanted, const T** row) const {
         const int64_t part = (count + s_.streams - 1) / s_.streams;
-        return std::min(j % s_.streams * part + j / s_.streams, count - 1);
+        int64_t j = 0;
+        for (int64_t i = 0; j < wanted; ++i) {
+            for (int64_t s = i; s < i + s_.streams * part && j < wanted; s += part) row[j++] = base + at[std::min(s, count - 1)];
+        }
     }
 
     void attend(int64_t h, int64_t first, int64_t count, State state) {
