@@ -1,19 +1,24 @@
-"""Fixtures shared by every test: third-party plugins as real distributions, an empty hot table, one thread."""
+"""Shared fixtures (third-party plugins as real distributions, an empty hot table), and the list of what was refused."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from attnreg import hot, registry
+from attnreg.testing.conformance import listed_refusals
 
 PluginMaker = Callable[[str, str], None]
+
+of_workers: dict[str, dict[str, list[str]]] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,6 +27,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands what its backends refused to the process that writes the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["refusals"] = listed_refusals()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for backend, refused in getattr(node, "workeroutput", {}).get("refusals", {}).items():
+        of_workers.setdefault(backend, {}).update(refused)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Lists what each backend of the conformance kit refused: a refusal is a result, not a skip."""
+    for backend, refused in sorted({**listed_refusals(), **of_workers}.items()):
+        terminalreporter.section(f"{backend}: refuses {len(refused)} cases")
+        reasons = Counter("; ".join(why) for why in refused.values())
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:4} x {reason}")
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ from attnreg.spec import AttentionSpec
 from attnreg.suites import SUITES, Case, attention_problem, suite
 from attnreg.testing import check_inputs, make_inputs
 
+pytestmark = pytest.mark.alone
+
 PEAKS = Peaks(1e11, 1e10, "a test")
 MACHINE: dict[str, Any] = {
     "hardware": "cpu-test",

@@ -14,6 +14,8 @@ from attnreg.store import Store
 from attnreg.suites import attention_problem
 from attnreg.tuning import write_problems
 
+pytestmark = pytest.mark.alone
+
 assert commands
 RUN = CliRunner()
 

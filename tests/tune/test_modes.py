@@ -16,6 +16,8 @@ from attnreg.problem import Problem
 from attnreg.store import Store
 from attnreg.tuning import Options, known, read_problems, tune, tune_missing
 
+pytestmark = pytest.mark.alone
+
 CAUSAL = AttentionSpec(mask=masks.Causal())
 
 

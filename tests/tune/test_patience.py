@@ -16,6 +16,8 @@ from attnreg.measure import Candidate, Plan, Worker
 from attnreg.measure.patience import Patience, stopped, waited
 from attnreg.suites import attention_problem
 
+pytestmark = pytest.mark.alone
+
 
 class Machine:
     """A clock, threads' waiting times, and a process that is stopped or not."""

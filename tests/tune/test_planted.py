@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from attnreg import AttentionSpec, masks, registry
 from attnreg.store import Store
 from attnreg.suites import attention_problem
 from attnreg.tuning import Options, tune_problem
+
+pytestmark = pytest.mark.alone
 
 # Backend -> (kind, what its reason must say).
 WANTED = {

@@ -19,6 +19,8 @@ from attnreg import AttentionSpec, masks
 from attnreg.suites import attention_problem
 from attnreg.tuning import write_problems
 
+pytestmark = pytest.mark.alone
+
 HERE = Path(__file__).parent
 LIMIT = 8
 WANTED = {**WANTED_BY_TUNE, "planted_hang": ("hang", rf"no answer within {LIMIT} s")}

@@ -17,6 +17,8 @@ from attnreg.measure.memory import peak_over, resident
 from attnreg.measure.timing import Clock
 from attnreg.suites import attention_problem
 
+pytestmark = pytest.mark.alone
+
 PROBLEM = attention_problem(AttentionSpec(mask=masks.Causal()), (2, 2), 64, 64, 16)
 EAGER = Candidate("eager")
 
