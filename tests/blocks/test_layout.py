@@ -103,7 +103,19 @@ def test_code_and_dense_masks_are_evaluated_in_bounded_memory() -> None:
         (m.Causal(), s.BigBird(8, random_blocks=0), {}, (1, 1)),
         (m.Full(), s.Blocks(10, 10), {"block_mask": torch.rand(3, 1, 10, 10) < 0.5}, (3, 1)),
     ],
-    ids=repr,
+    ids=[
+        "causal",
+        "custom",
+        "custom-heads",
+        "custom-batch",
+        "padding",
+        "padding-alike",
+        "dense-heads",
+        "dense",
+        "bigbird",
+        "bigbird-not-random",
+        "blocks-batch",
+    ],
 )
 def test_batches_and_heads_are_told_apart_only_where_they_differ(
     mask: m.Mask, sparsity: s.Sparsity | None, tensors: dict[str, Tensor], lead: tuple[int, int]
