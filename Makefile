@@ -20,7 +20,7 @@ demo: $(STAMP)
 # small for more.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --ignore tests/triton -m "not slow and not alone" -n auto --dist worksteal
-	$(BIN)/python -m pytest -m "not slow and alone"
+	$(BIN)/python -m pytest --ignore tests/triton -m "not slow and alone"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -n auto --dist worksteal
 
 check: $(STAMP)
