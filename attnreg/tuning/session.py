@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,11 @@ from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.outcome import make_report
 from attnreg.tuning.report import Progress, TuneReport
 from attnreg.tuning.search import ENUMERATE, Search
+from attnreg.tuning.seeds import starting_points
 from attnreg.tuning.studies import note_record, study_of
 
 __all__ = ["Options", "hardware_of", "tune_problem"]
 
-FAR = 2.0
-"""Backends whose estimate is this many times the least are looked at after the others' seeds."""
 WORKER_ONLY = "not loaded in the measuring worker; give it an entry point or ATTNREG_PLUGINS, or say isolate=False"
 
 
@@ -197,36 +195,13 @@ def _spaces(setting: _Setting) -> dict[str, Any]:
 
 
 def _seeds(setting: _Setting, space: JointSpace) -> list[tuple[Candidate, str]]:
-    """Defaults, fastest by estimate first; records that speak for the problem; then the backends' own seeds.
-
-    Backends that are FAR behind by estimate come last: some compile for half a minute a candidate, which would be all
-    that a limit in seconds allows.
-    """
+    """Where the search starts: the backends' defaults and seeds, and the records that speak for the problem."""
     p, hardware = setting.problem, setting.hardware
     estimates = {name: estimate_seconds(setting.backends[name], p, hardware) for name in space.spaces}
-    ranks = {name: math.inf if seconds is None else seconds for name, seconds in estimates.items()}
-    names = sorted(space.spaces, key=lambda name: (ranks[name], name))
-    least = ranks[names[0]]
-    near = [name for name in names if ranks[name] <= FAR * least]
     matches = store.current().find(p, hardware, setting.versions, cache=setting.options.cache)
     said = {"static": "static", "nearest": "neighbour"}
-    out = [(Candidate(name, space.spaces[name].default), "default") for name in near]
-    out += [(Candidate(match.backend, match.config), said.get(match.rung, "record")) for match in matches]
-    out += _own_seeds(space, near)
-    far = [name for name in names if name not in near]
-    out += [(Candidate(name, space.spaces[name].default), "default") for name in far]
-    return out + _own_seeds(space, far)
-
-
-def _own_seeds(space: JointSpace, names: Sequence[str]) -> list[tuple[Candidate, str]]:
-    """The seeds of these backends in turn: everyone's first, everyone's second and so on."""
-    turns = zip_longest(*(space.spaces[name].seeds for name in names))
-    return [
-        (Candidate(name, seed), "seed")
-        for turn in turns
-        for name, seed in zip(names, turn, strict=True)
-        if seed is not None
-    ]
+    records = [(Candidate(match.backend, match.config), said.get(match.rung, "record")) for match in matches]
+    return starting_points(space, estimates, records)
 
 
 def _search(setting: _Setting, bench: Bench, search: Search) -> str:

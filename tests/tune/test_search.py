@@ -14,6 +14,7 @@ from attnreg.measure import Candidate
 from attnreg.space import SearchSpace
 from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.search import Proposal, Search, make_sampler
+from attnreg.tuning.seeds import starting_points
 from attnreg.tuning.storage import open_storage, open_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,6 +70,24 @@ def test_seeds_come_first_and_those_outside_the_space_are_passed_over() -> None:
     seeds = [(Candidate("a", {"m": 128, "n": 256, "stages": 1, "pack": True}), "neighbour")]  # breaks the constraint
     seeds += [(Candidate("gone", {}), "neighbour"), (Candidate("c"), "static")]
     assert run(Search(memory_study(), LARGE, seeds), 1) == [Candidate("c")]
+
+
+def test_near_backends_come_first_and_far_ones_after_their_seeds() -> None:
+    space = JointSpace(
+        {name: SearchSpace({"n": (1, 2, 3)}, seeds=[{"n": n} for n in seeds])
+         for name, seeds in {"slow": [2], "unsaid": [], "quick": [2, 3], "near": [3]}.items()}
+    )  # fmt: skip
+    estimates = {"quick": 1.0, "near": 2.0, "slow": 2.1, "unsaid": None}
+    record = (Candidate("slow", {"n": 3}), "record")
+    points = starting_points(space, estimates, [record])
+    assert [(c.backend, c.config["n"], why) for c, why in points] == [
+        ("quick", 1, "default"), ("near", 1, "default"), ("unsaid", 1, "default"),
+        ("slow", 3, "record"),
+        ("quick", 2, "seed"), ("near", 3, "seed"), ("quick", 3, "seed"),
+        ("slow", 1, "default"), ("slow", 2, "seed"),
+    ]  # fmt: skip
+    unsaid = starting_points(space, dict.fromkeys(estimates), [])
+    assert [c.backend for c, why in unsaid if why == "default"] == ["near", "quick", "slow", "unsaid"]
 
 
 @pytest.mark.parametrize("seed", range(5))
