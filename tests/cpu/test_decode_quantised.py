@@ -135,6 +135,43 @@ def test_every_code_is_read_right(name: str) -> None:
     assert error(lse.view(256), want.double()) <= 2e-6 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("keys", [1, 7, 8, 9, 40], ids=str)
+def test_a_nan_is_not_passed_over_as_the_peak(keys: int, rows: int) -> None:
+    """Wherever among the keys it stands, and whether or not any other score is finite."""
+    for at in range(keys):
+        for others in (1.0, -torch.inf):
+            q = torch.ones(1, rows, 1, 16)
+            k, v = torch.full((1, 1, keys, 16), others), torch.ones(1, 1, keys, 16)
+            k[0, 0, at] = torch.nan
+            for config in ({}, {"kv_splits": 2, "block_kv": 32}):
+                out, lse = prepare(AttentionSpec(return_lse=True), q, k, v, {}, **config)(q, k, v)
+                assert out.isnan().all()
+                assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_subnormals_are_read_where_torch_flushes_them(name: str) -> None:
+    """torch.set_flush_denormal is about float32; a cache's small codes are none."""
+    g = torch.Generator().manual_seed(6)
+    codes = torch.randint(-7, 8, (2, 2, 40, 64), generator=g, dtype=torch.int8)
+    k = v = (
+        torch.where(codes < 0, -codes | -128, codes).view(torch.uint8).view(STORED[name]) if name != "int8" else codes
+    )
+    q = torch.randn(2, 4, 1, 64, generator=g) * 100
+    named = {"k_descale": torch.tensor(3.0), "v_descale": torch.tensor(3.0)}
+    attend = prepare(spec_of(name, "tensor"), q, k, v, named)
+    kept, kept_lse = attend(q, k, v, **named)
+    assert torch.set_flush_denormal(True)
+    try:
+        out, lse = attend(q, k, v, **named)
+    finally:
+        torch.set_flush_denormal(False)
+    assert kept.abs().max() > 0
+    assert torch.equal(out, kept)
+    assert torch.equal(lse, kept_lse)
+
+
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1), (40, 2)], ids=str)
 @pytest.mark.parametrize("dims", [(128, 128), (72, 40), (24, 8)], ids=str)

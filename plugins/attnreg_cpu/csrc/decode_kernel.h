@@ -9,7 +9,7 @@ class Decode {
   public:
     explicit Decode(const DecodeParams& d)
         : d_(d), plan_(d, round_up(d.head_v, LANES) + 2, sizeof(T)), shape_(make_shape(d, plan_)),
-          output_(d, d.head_v, Unit<T>::value), none_(without_documents(d.call)) {}
+          output_(d, d.head_v, Unit<T>::after), none_(without_documents(d.call)) {}
 
     // 0, or 1 where there was no memory for scratch.
     int64_t run() {
@@ -30,6 +30,7 @@ class Decode {
         for (int64_t t = 0; t < tasks; ++t) new (finished + t) std::atomic<int32_t>(0);
         char* own = scratch + carver.used();
         parallel_for(tasks, workers, [&](int64_t t, int64_t index) {
+            const KeepSubnormals keep;
             Carver carved(own + index * worker_bytes);
             Worker<T> worker(d_, shape_, carved);
             const Task& task = plan_.tasks[t];
@@ -82,7 +83,10 @@ class Decode {
     void add(State into, State from, int64_t slot) const {
         RowState &a = into.rows[slot], &b = from.rows[slot];
         const float top = std::max(a.top, b.top);
-        if (top == -INFINITY_F) return;
+        if (top == -INFINITY_F) {
+            a.sum += b.sum;  // 0, or NaN where a score was
+            return;
+        }
         const float keep = std::exp(a.top - top), take = std::exp(b.top - top);
         float *x = into.sums + slot * shape_.stride_v, *y = from.sums + slot * shape_.stride_v;
         for (int64_t c = 0; c < shape_.stride_v; c += LANES) {

@@ -10,6 +10,7 @@ namespace attnreg {
 // Null pointers: not asked for. Arrays are readable and writable up to the next multiple of LANES.
 struct RowModifiers {
     float scale, softcap;
+    float weight_unit;         // of the weights that are stored, not of their sum
     const float* key_scale;    // [key]
     const float* value_scale;  // [key]
     const float* bias;         // [key]
@@ -64,13 +65,10 @@ inline float greatest(const float* scores, int64_t count) {
 // Turns scores, which `scale` multiplies, into weights and brings the state up to date; returns the factor for what was summed before.
 // peak: the greatest of the scaled scores.
 inline float online_softmax(const RowModifiers& m, RowState& state, float* scores, int64_t count, float scale, float peak) {
-    const float top = peak > state.top ? peak : state.top;
-    if (top == -INFINITY_F) {
-        std::memset(scores, 0, size_t(count) * sizeof(float));
-        return 1.0f;
-    }
-    const float rescale = top == state.top ? 1.0f : std::exp(state.top - top);
-    const vfloat factor = splat(scale), shift = splat(-top), log2_e = splat(LOG2_E);
+    // A NaN among the scores may be the peak or be passed over; either way its weight is NaN and with it the row's sum.
+    const float top = state.top >= peak ? state.top : peak, base = top == -INFINITY_F ? 0.0f : top;
+    const float rescale = top == state.top ? 1.0f : std::exp(state.top - base);
+    const vfloat factor = splat(scale), shift = splat(-base), log2_e = splat(LOG2_E), unit = splat(m.weight_unit);
     vfloat sum = zero();
     const auto weigh = [&](auto together, int64_t k) {
         constexpr int N = decltype(together)::value;
@@ -81,6 +79,7 @@ inline float online_softmax(const RowModifiers& m, RowState& state, float* score
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
             sum += weight[n];
+            weight[n] *= unit;
             if (m.value_scale) weight[n] *= load(m.value_scale + k + n * LANES);
             store(scores + k + n * LANES, weight[n]);
         }
@@ -108,7 +107,7 @@ inline RowEnd finish_row(RowState state, const float* sink) {
         top = joint;
     }
     // An empty row summed nothing, so any finite factor leaves its output 0.
-    if (top == -INFINITY_F) return {-INFINITY_F, 0.0f};
+    if (sum == 0.0f) return {-INFINITY_F, 0.0f};
     return {top + std::log(sum), factor / sum};
 }
 

@@ -79,7 +79,8 @@ class Worker {
         if (in_lanes_) std::memset(q_columns_, 0, size_t(s_.slots * s_.head_k) * sizeof(float));
         for (int64_t h = 0; h < task_->heads; ++h) {
             const int64_t kv_head = task_->head + h;
-            const float scale = scale_at(d_.q_descale, d_.q_scale_batch, d_.q_scale_head, task_->sequence.batch, kv_head);
+            const float scale =
+                Unit<T>::before * scale_at(d_.q_descale, d_.q_scale_batch, d_.q_scale_head, task_->sequence.batch, kv_head);
             for (int64_t r = 0; r < task_->rows; ++r) {
                 const int64_t row = task_->sequence.q_first + (task_->row + r) / group_;
                 const int64_t head = kv_head * group_ + (task_->row + r) % group_;
@@ -197,7 +198,8 @@ class Worker {
     void weigh(int64_t kv_head, int64_t first, int64_t count, RowState* rows) {
         const int64_t batch = task_->sequence.batch;
         RowModifiers m{};
-        m.scale = float(p_.scale) * Unit<T>::value;
+        m.scale = float(p_.scale) * Unit<T>::after;
+        m.weight_unit = Unit<T>::before;
         m.softcap = float(p_.softcap);
         if (d_.keys_a_scale > 0) {
             const int64_t k_at = batch * d_.k_scale_batch + kv_head * d_.k_scale_head;

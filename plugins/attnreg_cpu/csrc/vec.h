@@ -21,7 +21,14 @@
 #define ATTNREG_NEON 1
 #endif
 
+// A sanitised build leaves inlining to the compiler, and would take minutes otherwise.
+#if defined(__SANITIZE_ADDRESS__)
+#define ATTNREG_INLINE inline
+#define ATTNREG_LAMBDA
+#else
 #define ATTNREG_INLINE inline __attribute__((always_inline))
+#define ATTNREG_LAMBDA __attribute__((always_inline))
+#endif
 // A function that needs the whole register file: inlined, its sums would be spilled for what its caller keeps.
 #define ATTNREG_ALONE __attribute__((noinline))
 
@@ -146,6 +153,19 @@ ATTNREG_INLINE bool any(vint mask) {
 #endif
 }
 
+// f(0), ... f(N - 1), each a call of its own: where every index into an array of registers is a constant from the start, GCC keeps the
+// array in registers; loops that it unrolls later it may leave in memory.
+template <int N, class F>
+ATTNREG_INLINE void repeat(const F& f) {
+#if defined(__SANITIZE_ADDRESS__)
+    for (int i = 0; i < N; ++i) f(i);
+#else
+    if constexpr (N > 0) {
+        repeat<N - 1>(f);
+        f(N - 1);
+    }
+#endif
+}
 // Transposes the LANES x LANES block held in rows[]: log2(LANES) rounds of pairwise interleaving.
 namespace detail {
 template <int... I>
