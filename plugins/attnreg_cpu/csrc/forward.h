@@ -235,15 +235,13 @@ class Forward {
                 modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
             if (run.bits >= 0) modifiers.bits = b_.bits;
             for (int v = 0; v < NV; ++v) store(b_.peak + v * LANES, splat(-INFINITY_F));
-            // The micro-kernel takes at least MR rows; those past `count` exist (the run goes on, or was padded) and are not used.
-            const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
-            multiply_scores<NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
             float scale = float(p_.scale);
-            if (!modifiers.plain()) {
+            if (modifiers.plain_but_bounds()) {
+                score_within<NV>(run, t, modifiers.first != nullptr);
+            } else {
+                score<NV>(run, t, 0, run.count, b_.peak);
                 modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
                 scale = 1.0f;
-            } else if (computed > run.count) {
-                peak_of<NV>(run.count);
             }
             Operand* weights = reinterpret_cast<Operand*>(b_.scores);
             online_softmax<NV>(weights, b_.scores, run.count, scale, b_.peak, t.top, t.sum, b_.rescale);
@@ -251,14 +249,36 @@ class Forward {
             multiply_values<NV, HEAD_V>(depth, run.values, run.value_stride, weights, t.output, b_.rescale);
         }
 
-        // The maximum over the first `count` keys only, where the micro-kernel went past them.
+        // Scores with keys first .. first + count - 1 of the run, and their maximum. The micro-kernel takes at least MR rows; those past
+        // the run exist (the keys go on, or were padded) and are not used.
         template <int NV>
-        void peak_of(int64_t count) {
-            for (int v = 0; v < NV; ++v) {
-                vfloat top = splat(-INFINITY_F);
-                for (int64_t j = 0; j < count; ++j) top = vmax(top, load(b_.scores + (j * NV + v) * LANES));
-                store(b_.peak + v * LANES, top);
+        void score(const Run& run, const Tile<Operand>& t, int64_t first, int64_t count, float* peak) {
+            multiply_scores<NV, OPERANDS_K>(std::max<int64_t>(count, micro_rows(NV)), run.keys + first * run.key_stride, run.key_stride,
+                                            t.query, b_.scores + first * NV * LANES, peak);
+        }
+
+        // The same for the whole run where nothing but bounds masks: keys that every row may attend are left as they are.
+        template <int NV>
+        void score_within(const Run& run, const Tile<Operand>& t, bool bounded) {
+            constexpr int64_t MR = micro_rows(NV);
+            int64_t begin = 0, end = run.count;
+            if (bounded) {
+                begin = std::clamp<int64_t>(t.keys.all.first - run.first, 0, end);
+                end = std::clamp<int64_t>(t.keys.all.last + 1 - run.first, 0, end);
+                // Each part has rows enough for the micro-kernel.
+                if (begin > 0) begin = std::max(begin, MR);
+                if (end < run.count) end = std::min(end, run.count - MR);
             }
+            if (end - begin < MR) begin = end = 0;
+            if (begin < end) score<NV>(run, t, begin, end - begin, b_.peak);
+            const auto bound = [&](int64_t first, int64_t count) {
+                // Its maximum may be of a masked key.
+                float* unused = b_.rescale;
+                score<NV>(run, t, first, count, unused);
+                bound_scores<NV>(t.first, t.last, run.first + first, count, b_.scores + first * NV * LANES, b_.peak);
+            };
+            if (begin > 0) bound(0, begin);
+            if (end < run.count) bound(end, run.count - end);
         }
 
         void finish() {

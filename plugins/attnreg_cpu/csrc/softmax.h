@@ -20,9 +20,9 @@ struct Modifiers {
     const int32_t* bits = nullptr;         // [key / 32][lane]: bit key % 32 says that it may be attended
     float* softcap_slope = nullptr;        // [key][lane], written: derivative of the softcap
 
-    bool plain() const {
-        return softcap == 0.0f && scale > 0.0f && !bias && !slopes && !first && !documents && !allowed && !bits;
-    }
+    bool plain() const { return plain_but_bounds() && !first; }
+    // Nothing but the scale, which then joins the exponential, and bounds of rows.
+    bool plain_but_bounds() const { return softcap == 0.0f && scale > 0.0f && !bias && !slopes && !documents && !allowed && !bits; }
 };
 
 ATTNREG_INLINE vint absolute(vint x) { return x < 0 ? -x : x; }
@@ -59,6 +59,24 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
                 x = select((vint)(words << (31 - uint32_t(j % 32))) < 0, x, masked);
             }
             store(scores + at, x);
+            top = vmax(top, x);
+        }
+        store(peak + v * LANES, top);
+    }
+}
+
+// Masks what is out of bounds and brings `peak` up to date; the scale is left to the softmax.
+template <int NV>
+void bound_scores(const int32_t* first, const int32_t* last, int64_t first_key, int64_t count, float* scores, float* peak) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        const vint low = load(first + v * LANES), high = load(last + v * LANES);
+        vfloat top = load(peak + v * LANES);
+        for (int64_t j = 0; j < count; ++j) {
+            const int32_t key = int32_t(first_key + j);
+            float* at = scores + (j * NV + v) * LANES;
+            const vfloat x = select((low <= key) & (high >= key), load(at), splat(-INFINITY_F));
+            store(at, x);
             top = vmax(top, x);
         }
         store(peak + v * LANES, top);

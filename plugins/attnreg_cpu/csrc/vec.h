@@ -189,6 +189,23 @@ ATTNREG_INLINE void interleave(vfloat a, vfloat b, vfloat& low, vfloat& high, Se
 }
 }  // namespace detail
 
+#if defined(ATTNREG_AVX2)
+// Inside the 128-bit halves first, as in sum_each: the generic rounds would cross them in each.
+ATTNREG_INLINE void transpose(vfloat rows[LANES]) {
+    __m256 quads[LANES];  // rows 4h ... 4h + 3 of columns c and c + 4 at [4 * h + c]
+    repeat<2>([&](int h) ATTNREG_LAMBDA {
+        const __m256 a = (__m256)rows[4 * h], b = (__m256)rows[4 * h + 1], c = (__m256)rows[4 * h + 2], d = (__m256)rows[4 * h + 3];
+        const __m256 ab = _mm256_unpacklo_ps(a, b), ab2 = _mm256_unpackhi_ps(a, b);
+        const __m256 cd = _mm256_unpacklo_ps(c, d), cd2 = _mm256_unpackhi_ps(c, d);
+        quads[4 * h] = _mm256_shuffle_ps(ab, cd, 0x44), quads[4 * h + 1] = _mm256_shuffle_ps(ab, cd, 0xee);
+        quads[4 * h + 2] = _mm256_shuffle_ps(ab2, cd2, 0x44), quads[4 * h + 3] = _mm256_shuffle_ps(ab2, cd2, 0xee);
+    });
+    repeat<4>([&](int c) ATTNREG_LAMBDA {
+        rows[c] = (vfloat)_mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+        rows[c + 4] = (vfloat)_mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+    });
+}
+#else
 ATTNREG_INLINE void transpose(vfloat rows[LANES]) {
     typedef typename detail::MakeSequence<LANES>::type Lanes;
     vfloat next[LANES];
@@ -202,5 +219,6 @@ ATTNREG_INLINE void transpose(vfloat rows[LANES]) {
         for (int i = 0; i < LANES; ++i) rows[i] = next[i];
     }
 }
+#endif
 
 }  // namespace attnreg
