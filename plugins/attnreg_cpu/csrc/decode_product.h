@@ -147,7 +147,9 @@ ATTNREG_INLINE void dot_step(const float* q, int64_t q_stride, const T* const* k
     }
     for (; d + LANES <= dim; d += LANES) sum.template add<1>(q, q_stride, d, load_keys);
     if (d < dim) {
-        sum.template add<1>(q, q_stride, d, [&](int k, int64_t at, vfloat(&y)[1]) ATTNREG_LAMBDA { y[0] = load_part(key[k] + at, dim - at); });
+        sum.template add<1>(q, q_stride, d, [&](int k, int64_t at, vfloat(&y)[1]) ATTNREG_LAMBDA {
+            y[0] = load_part(key[k] + at, dim - at);
+        });
     }
     repeat<ROWS * STEP>([&](int i) ATTNREG_LAMBDA { sums[i / STEP * KEYS + first + i % STEP] = sum.total(i / STEP, i % STEP); });
 }
@@ -181,8 +183,8 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
 }
 
 template <class T, int ROWS>
-ATTNREG_ALONE void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead<T> ahead, float* scores,
-              int64_t stride) {
+ATTNREG_ALONE void dot_rows(const float* q, int64_t q_stride, const T* const* keys, int64_t count, int64_t dim, Ahead<T> ahead,
+                            float* scores, int64_t stride) {
     for (int64_t k = 0; k < count; k += KEYS_AT_ONCE<ROWS>) {
         dot_keys<T, ROWS>(q, q_stride, keys + k, dim, ahead.from(k), scores + k, stride);
     }
@@ -298,7 +300,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
         } else {
             vfloat weight[ROWS];
             repeat<ROWS>([&](int r) ATTNREG_LAMBDA { weight[r] = splat(weights[r * stride + k]); });
-            constexpr int N = COLS < TOGETHER<T> ? 1 : TOGETHER<T>;
+            constexpr int N = COLS % TOGETHER<T> == 0 ? TOGETHER<T> : 1;
             repeat<COLS / N>([&](int block) ATTNREG_LAMBDA {
                 const int c = block * N;
                 vfloat y[N];
@@ -323,7 +325,8 @@ void add_columns(const float* weights, int64_t stride, const float* rescale, con
         add_values<T, ROWS, COLS>(weights, stride, rescale, values, count, column, 0, ahead, out, out_stride);
     }
     if constexpr (COLS > 1) {
-        add_columns<T, ROWS, (COLS > 4 ? COLS / 2 : COLS - 1)>(weights, stride, rescale, values, count, column, dim, ahead, out, out_stride);
+        constexpr int FEWER = COLS > 4 ? COLS / 2 : COLS - 1;
+        add_columns<T, ROWS, FEWER>(weights, stride, rescale, values, count, column, dim, ahead, out, out_stride);
     } else if (column < dim) {
         add_values<T, ROWS, 1>(weights, stride, rescale, values, count, column, dim - column, ahead, out, out_stride);
     }

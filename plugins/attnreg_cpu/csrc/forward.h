@@ -18,7 +18,9 @@ class Forward {
         group_ = rows_group(p, FULL);
         rows_per_item_ = rows_per_item(p, FULL, group_);
         // Short calls: smaller items, until every thread has a few.
-        while (!p.layout_row_ptr && rows_per_item_ > FULL && total_items() < 4 * p.threads) rows_per_item_ = (rows_per_item_ / FULL + 1) / 2 * FULL;
+        while (!p.layout_row_ptr && rows_per_item_ > FULL && total_items() < 4 * p.threads) {
+            rows_per_item_ = (rows_per_item_ / FULL + 1) / 2 * FULL;
+        }
         first_item_.push_back(0);
         for (int64_t b = 0; b < p.batch; ++b) {
             const int64_t rows = sequence_at(p, b).q_len * group_;
