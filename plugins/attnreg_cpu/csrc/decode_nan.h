@@ -2,7 +2,7 @@
 //
 // A key with one has no score, whatever the query; a channel of the values with one has no sum, whatever the weight.
 #pragma once
-#include <algorithm>
+#include <type_traits>
 
 #include "decode_types.h"
 
@@ -12,7 +12,6 @@ namespace attnreg {
 namespace detail {
 // Doubled, both codes of NaN are 254, which no other code exceeds.
 ATTNREG_INLINE __m256i greatest_code(__m256i top, __m256i codes) { return _mm256_max_epu8(top, _mm256_add_epi8(codes, codes)); }
-ATTNREG_INLINE uint32_t are_nan(__m256i top) { return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8(-2)))); }
 ATTNREG_INLINE __m256i load_codes(const e4m3_t* p, std::integral_constant<int, 32>) { return load_as<__m256i>(p); }
 ATTNREG_INLINE __m256i load_codes(const e4m3_t* p, std::integral_constant<int, 8>) {
     return _mm256_zextsi128_si256(_mm_loadl_epi64((const __m128i*)p));
