@@ -166,6 +166,7 @@ ATTNREG_INLINE void repeat(const F& f) {
     }
 #endif
 }
+
 // Transposes the LANES x LANES block held in rows[]: log2(LANES) rounds of pairwise interleaving.
 namespace detail {
 template <int... I>
