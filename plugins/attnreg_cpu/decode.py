@@ -21,6 +21,7 @@ __all__ = ["Decode", "decode_space", "decode_supports", "is_decode"]
 
 MOST_ROWS = 64
 ONE_PASS = 4  # rows that the products take at once
+WIDEN_ROWS = 9  # from which a narrow cache is widened once a block, unless tuned otherwise
 CACHES = {
     "float32": "float",
     "float16": "half_t",
@@ -78,7 +79,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         "kv_splits": 0,
         "block_kv": _default_block(problem),
         "kv_heads": heads[-1] if beside else 1,
-        "widen_rows": 9,
+        "widen_rows": WIDEN_ROWS,
         "prefetch": _default_prefetch(problem),
         # Measured on a Zen 3 to be faster for elements of 32 and 16 bits and slower for those of 8.
         "streams": 4 if hardware.arch == "avx2" and problem.kv_dtype in ("float32", "bfloat16", "float16") else 1,
@@ -91,7 +92,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             "kv_heads": heads,
             "prefetch": [0, 1024, 2048, 4096, 8192, 16384, 32768],
             "streams": [1, 2, 4, 8],
-            "widen_rows": [1, 2, 3, 5, 9] if narrow else [9],
+            "widen_rows": [1, 2, 3, 5, WIDEN_ROWS] if narrow else [WIDEN_ROWS],
         },
         default=default,
         constraints=[
@@ -114,11 +115,10 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
 
 
 def _default_block(problem: Problem) -> int:
-    """Keys at a time: long runs of one stream if read once, what the L1 cache holds if more rows read them again."""
-    row = problem.head_dim * getattr(torch, problem.kv_dtype).itemsize
-    rows = problem.sq * problem.group
-    room = 64 * 1024 if rows <= ONE_PASS else 32 * 1024
-    return next((n for n in (512, 256, 128) if n * row <= room and (rows <= ONE_PASS or n <= 128)), 64)
+    """Keys at a time: what lies in the L2 cache with room to spare, as it is read more than once."""
+    narrow = getattr(torch, problem.kv_dtype).itemsize
+    row = problem.head_dim * (4 if problem.sq * problem.group >= WIDEN_ROWS else narrow)
+    return next((n for n in (512, 256, 128) if n * row <= 64 * 1024), 64)
 
 
 def _default_prefetch(problem: Problem) -> int:

@@ -56,6 +56,9 @@ class Masks {
         return false;
     }
 
+    // Does the tile neither hide nor change a score of any row?
+    bool plain() const { return !bounded_ && !p_.bias && !p_.mask && !p_.documents && !p_.alibi; }
+
     // Completes what the row of this query head adds and hides. Valid until the next call.
     void fill(int64_t r, int64_t head, RowModifiers& m) {
         const int64_t query = (task_->row + r) / group_;

@@ -211,60 +211,6 @@ void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* ke
     }
 }
 
-// The same for VECTORS * LANES rows in lanes: q_columns[d * q_stride + r].
-template <int VECTORS>
-ATTNREG_ALONE void broadcast_rows(const float* q_columns, int64_t q_stride, const float* const* keys, int64_t count, int64_t dim,
-                                  Ahead<float> ahead, float* scores, int64_t stride) {
-    constexpr int MOST = VECTOR_REGISTERS > 16 || VECTORS == 1 ? 8 : 4, KEYS = LANES < MOST ? LANES : MOST;
-    for (int64_t k = 0; k < count; k += LANES) {
-        for (int i = 0; i < LANES && ahead; ++i) ahead.ask(k + i, 0, dim * int64_t(sizeof(float)));
-        vfloat block[VECTORS][LANES];
-        for (int first = 0; first < LANES; first += KEYS) {
-            vfloat sum[KEYS][VECTORS];
-#pragma GCC unroll 8
-            for (int i = 0; i < KEYS; ++i) {
-                for (int v = 0; v < VECTORS; ++v) sum[i][v] = zero();
-            }
-            const float* key[KEYS];
-            for (int i = 0; i < KEYS; ++i) key[i] = keys[k + first + i];
-            const float* column = q_columns;
-            for (int64_t d = 0; d < dim; ++d, column += q_stride) {
-                vfloat x[VECTORS];
-                for (int v = 0; v < VECTORS; ++v) x[v] = in_register(load(column + v * LANES));
-#pragma GCC unroll 8
-                for (int i = 0; i < KEYS; ++i) {
-                    const vfloat y = VECTORS > 1 ? in_register(splat(key[i][d])) : splat(key[i][d]);
-                    for (int v = 0; v < VECTORS; ++v) sum[i][v] = fma(x[v], y, sum[i][v]);
-                }
-            }
-#pragma GCC unroll 8
-            for (int i = 0; i < KEYS; ++i) {
-                for (int v = 0; v < VECTORS; ++v) block[v][first + i] = sum[i][v];
-            }
-        }
-        for (int v = 0; v < VECTORS; ++v) {
-            transpose(block[v]);
-            for (int i = 0; i < LANES; ++i) store(scores + (v * LANES + i) * stride + k, block[v][i]);
-        }
-    }
-}
-
-// `rows` rounded up to whole registers may be read and written.
-inline void broadcast_tile(const float* q_columns, int64_t q_stride, int64_t rows, const float* const* keys, int64_t count,
-                           int64_t dim, Ahead<float> asked, float* scores, int64_t stride) {
-    constexpr int VECTORS = 2;
-    const int64_t strip = strip_rows<float>(dim);
-    for (int64_t k = 0; k < count; k += strip, keys += strip, scores += strip) {
-        const int64_t part = std::min(strip, count - k);
-        Ahead<float> ahead = asked.from(k);
-        int64_t r = 0;
-        for (; rows - r > (VECTORS - 1) * LANES; r += VECTORS * LANES, ahead = {}) {
-            broadcast_rows<VECTORS>(q_columns + r, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
-        }
-        if (r < rows) broadcast_rows<1>(q_columns + r, q_stride, keys, part, dim, ahead, scores + r * stride, stride);
-    }
-}
-
 // N registers of a row of values, or the first `part` elements of one.
 template <bool FULL, class T, int N>
 ATTNREG_INLINE void load_columns(const T* value, int64_t part, vfloat (&y)[N]) {

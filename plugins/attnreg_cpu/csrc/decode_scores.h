@@ -20,10 +20,8 @@ struct RowModifiers {
     int32_t position;     // of the query, less the tile's first key
     int32_t first, last;  // keys of the tile that may be attended
 
-    // Nothing but the scale, which then joins the exponential.
-    bool plain(int64_t count) const {
-        return count % LANES == 0 && scale > 0.0f && softcap == 0.0f && !key_scale && !bias && !allowed && !alibi && !bounded;
-    }
+    // Nothing but the scale, which then joins the exponential, and masks.
+    bool plain() const { return scale > 0.0f && softcap == 0.0f && !key_scale; }
 };
 
 // The maximum, the sum of weights and the weighted values of one row so far.

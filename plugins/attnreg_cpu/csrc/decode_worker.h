@@ -1,5 +1,6 @@
 // One task of decoding: the rows of a few KV heads against one piece of the keys, tile by tile.
 #pragma once
+#include "decode_lanes.h"
 #include "decode_masks.h"
 #include "decode_output.h"
 #include "decode_product.h"
@@ -38,8 +39,13 @@ class Worker {
         state_ = carver.take<float>(s_.state_floats());
         q_ = carver.take<float>(s_.slots * s_.stride_k);
         q_columns_ = carver.take<float>(s_.slots * s_.head_k);
-        scores_ = carver.take<float>(s_.rows * s_.tile);
-        rescale_ = carver.take<float>(s_.rows);
+        scores_ = carver.take<float>(std::max<int64_t>(s_.rows, MOST_LANE_VECTORS * LANES) * (s_.tile + 8));  // LANE_KEYS are written at once
+        turned_ = carver.take<float>(LANES * s_.tile);
+        lane_sums_ = carver.take<float>(s_.slots * s_.head_v);
+        lane_top_ = carver.take<float>(s_.slots);
+        lane_sum_ = carver.take<float>(s_.slots);
+        peak_ = carver.take<float>(MOST_LANE_VECTORS * LANES);
+        rescale_ = carver.take<float>(std::max<int64_t>(s_.rows, MOST_LANE_VECTORS * LANES));
         key_scale_ = carver.take<float>(s_.tile);
         value_scale_ = carver.take<float>(s_.tile);
         key_at_ = carver.take<int64_t>(s_.tile + s_.ahead);
@@ -57,10 +63,9 @@ class Worker {
     // Sums the task's keys into the state.
     void sum(const Task& task, const Documents& none, State state) {
         task_ = &task;
-        in_lanes_ = task.rows > LANES / 2;
+        in_lanes_ = fill_lanes(task.rows);
         staged_ = sizeof(T) < sizeof(float) && (in_lanes_ || task.rows >= s_.stage);
-        std::memset(state.sums, 0, size_t(s_.slots * s_.stride_v) * sizeof(float));
-        for (int64_t slot = 0; slot < s_.slots; ++slot) state.rows[slot] = RowState();
+        clear(state);
         load_queries();
         masks_.start(task, none);
         for (int64_t first = task.keys.first; first <= task.keys.last; first += s_.tile) {
@@ -69,10 +74,28 @@ class Worker {
             locate(first, count);
             for (int64_t h = 0; h < task.heads; ++h) attend(h, first, count, state);
         }
+        if (in_lanes_) leave_lanes(state);
     }
 
   private:
     int64_t slot(int64_t h) const { return h * s_.rows; }
+
+    void clear(State state) {
+        std::memset(state.sums, 0, size_t(s_.slots * s_.stride_v) * sizeof(float));
+        for (int64_t slot = 0; slot < s_.slots; ++slot) state.rows[slot] = RowState();
+        if (!in_lanes_) return;
+        std::memset(lane_sums_, 0, size_t(s_.slots * s_.head_v) * sizeof(float));
+        std::fill(lane_top_, lane_top_ + s_.slots, -INFINITY_F);
+        std::fill(lane_sum_, lane_sum_ + s_.slots, 0.0f);
+    }
+
+    // Rows in lanes count their maxima as powers of 2.
+    void leave_lanes(State state) const {
+        for (int64_t h = 0; h < task_->heads; ++h) {
+            sums_to_rows(lane_sums_ + slot(h) * s_.head_v, s_.rows, task_->rows, s_.head_v, state.sums + slot(h) * s_.stride_v, s_.stride_v);
+            for (int64_t r = slot(h); r < slot(h) + task_->rows; ++r) state.rows[r] = {lane_top_[r] * LN_2, lane_sum_[r]};
+        }
+    }
 
     void load_queries() {
         const int64_t batch = p_.cu_q ? 0 : task_->sequence.batch;
@@ -147,21 +170,23 @@ class Worker {
     }
 
     void attend(int64_t h, int64_t first, int64_t count, State state) {
-        const int64_t kv_head = task_->head + h, padded = round_up(count, LANES), rows = task_->rows;
+        const int64_t padded = round_up(count, LANES), rows = task_->rows;
         const Ahead<T> ahead = list_rows(h, count, padded), later = ahead.from(padded);
         const T* const* values = keys_ + padded;
+        RowModifiers m = modifiers(task_->head + h, first, count);
         if (staged_) widen_rows(keys_, padded, s_.head_k, s_.stride_k, ahead, staged_keys_, wide_keys_);
-        const float* q = q_ + slot(h) * s_.stride_k;
         if (in_lanes_) {
-            const float* columns = q_columns_ + slot(h) * s_.head_k;
-            const auto wide = floats(keys_, wide_keys_, ahead);
-            broadcast_tile(columns, s_.rows, rows, wide.rows, padded, s_.head_k, wide.ahead, scores_, s_.tile);
-        } else if (staged_) {
+            const auto keys = floats(keys_, wide_keys_, ahead);
+            if (staged_) widen_rows(values, count, s_.head_v, s_.stride_v, later, staged_values_, wide_values_);
+            return attend_in_lanes(h, count, m, keys, floats(values, wide_values_, later));
+        }
+        const float* q = q_ + slot(h) * s_.stride_k;
+        if (staged_) {
             dot_tile(q, s_.stride_k, rows, wide_keys_, padded, s_.head_k, {}, scores_, s_.tile);
         } else {
             dot_tile(q, s_.stride_k, rows, keys_, padded, s_.head_k, ahead, scores_, s_.tile);
         }
-        weigh(kv_head, first, count, state.rows + slot(h));
+        weigh(task_->head + h, count, m, state.rows + slot(h));
         float* sums = state.sums + slot(h) * s_.stride_v;
         if (staged_) {
             widen_rows(values, count, s_.head_v, s_.stride_v, later, staged_values_, wide_values_);
@@ -194,8 +219,63 @@ class Worker {
         }
     }
 
+    // Few registers of rows at a time, so that their scores stay in the first cache.
+    void attend_in_lanes(int64_t h, int64_t count, RowModifiers& m, Floats keys, Floats values) {
+        const int64_t vectors = (task_->rows + LANES - 1) / LANES;
+        for (int64_t v = 0; v < vectors;) {
+            const int64_t left = vectors - v, taken = left == 1 || left == 3 ? left : 2, row = v * LANES;
+            switch (taken) {
+                case 1: attend_vectors<1>(h, row, count, m, keys, values); break;
+                case 2: attend_vectors<2>(h, row, count, m, keys, values); break;
+                default: attend_vectors<3>(h, row, count, m, keys, values);
+            }
+            v += taken, keys.ahead = values.ahead = {};
+        }
+    }
+
+    template <int NV>
+    void attend_vectors(int64_t h, int64_t row, int64_t count, RowModifiers& m, Floats keys, Floats values) {
+        static_assert(NV <= MOST_LANE_VECTORS, "scratch");
+        const int64_t at = slot(h) + row;
+        score_lanes<NV>(q_columns_ + slot(h) * s_.head_k + row, s_.rows, keys.rows, count, s_.head_k, keys.ahead, scores_, peak_);
+        float scale = m.scale;
+        if (!m.plain() || !masks_.plain()) {
+            for (int v = 0; v < NV; ++v) modify_lanes<NV>(h, row + v * LANES, count, m, scores_ + v * LANES, peak_ + v * LANES);
+            scale = 1.0f;
+        }
+        Single* weights = reinterpret_cast<Single*>(scores_);
+        online_softmax<NV>(weights, scores_, count, scale, peak_, lane_top_ + at, lane_sum_ + at, rescale_);
+        if (m.weight_unit != 1.0f || m.value_scale) scale_keys<NV>(scores_, count, m.weight_unit, m.value_scale);
+        float* sums = lane_sums_ + slot(h) * s_.head_v + row;
+        add_lanes<NV>(scores_, rescale_, values.rows, count, s_.head_v, values.ahead, sums, s_.rows);
+    }
+
+    // Modifies the scores of a register of rows, one row at a time.
+    template <int NV>
+    void modify_lanes(int64_t h, int64_t row, int64_t count, RowModifiers& m, float* scores, float* peak) {
+        lanes_to_rows<NV>(scores, count, turned_, s_.tile);
+        for (int64_t r = row; r < std::min(row + LANES, task_->rows); ++r) {
+            masks_.fill(r, head_of(task_->head + h, r), m);
+            peak[r - row] = modify_row(m, turned_ + (r - row) * s_.tile, count);
+        }
+        rows_to_lanes<NV>(turned_, s_.tile, count, scores);
+    }
+
+    int64_t head_of(int64_t kv_head, int64_t r) const { return kv_head * group_ + (task_->row + r) % group_; }
+
     // Scores to weights, row by row.
-    void weigh(int64_t kv_head, int64_t first, int64_t count, RowState* rows) {
+    void weigh(int64_t kv_head, int64_t count, RowModifiers& m, RowState* rows) {
+        for (int64_t r = 0; r < task_->rows; ++r) {
+            float* scores = scores_ + r * s_.tile;
+            masks_.fill(r, head_of(kv_head, r), m);
+            const bool plain = m.plain() && masks_.plain() && count % LANES == 0;
+            const float peak = plain ? greatest(scores, count) * m.scale : modify_row(m, scores, count);
+            rescale_[r] = online_softmax(m, rows[r], scores, count, plain ? m.scale : 1.0f, peak);
+        }
+    }
+
+    // What all rows have in common.
+    RowModifiers modifiers(int64_t kv_head, int64_t first, int64_t count) {
         const int64_t batch = task_->sequence.batch;
         RowModifiers m{};
         m.scale = float(p_.scale) * Unit<T>::after;
@@ -209,13 +289,7 @@ class Worker {
         } else {
             m.scale *= scale_at(d_.k_descale, d_.k_scale_batch, d_.k_scale_head, batch, kv_head);
         }
-        for (int64_t r = 0; r < task_->rows; ++r) {
-            masks_.fill(r, kv_head * group_ + (task_->row + r) % group_, m);
-            float* scores = scores_ + r * s_.tile;
-            const bool plain = m.plain(count);
-            const float peak = plain ? greatest(scores, count) * m.scale : modify_row(m, scores, count);
-            rescale_[r] = online_softmax(m, rows[r], scores, count, plain ? m.scale : 1.0f, peak);
-        }
+        return m;
     }
 
     const float* block_scales(const float* scales, int64_t at, int64_t stride, int64_t first, int64_t count, float* out) const {
@@ -231,7 +305,7 @@ class Worker {
     Masks masks_;
     const Task* task_ = nullptr;
     bool in_lanes_ = false, staged_ = false;
-    float *state_, *q_, *q_columns_, *scores_, *rescale_, *key_scale_, *value_scale_;
+    float *state_, *q_, *q_columns_, *scores_, *turned_, *lane_sums_, *lane_top_, *lane_sum_, *peak_, *rescale_, *key_scale_, *value_scale_;
     int64_t *key_at_, *value_at_;
     const T **keys_, **asked_;
     const float **wide_keys_, **wide_values_;
