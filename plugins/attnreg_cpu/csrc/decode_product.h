@@ -51,7 +51,7 @@ struct Ahead {
 #if defined(ATTNREG_AVX512)
     static constexpr int KEEP = 0;
 #else
-    static constexpr int KEEP = 3;
+    static constexpr int KEEP = 2;
 #endif
     explicit operator bool() const { return rows != nullptr; }
     Ahead from(int64_t row) const { return {rows ? rows + row : nullptr}; }

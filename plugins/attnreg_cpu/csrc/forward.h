@@ -269,7 +269,7 @@ class Forward {
                 end = std::clamp<int64_t>(t.keys.all.last + 1 - run.first, 0, end);
                 // Each part has rows enough for the micro-kernel.
                 if (begin > 0) begin = std::max(begin, MR);
-                if (end < run.count) end = std::min(end, run.count - MR);
+                if (end < run.count) end = begin + std::max<int64_t>(std::min(end, run.count - MR) - begin, 0) / MR * MR;
             }
             if (end - begin < MR) begin = end = 0;
             if (begin < end) score<NV>(run, t, begin, end - begin, b_.peak);

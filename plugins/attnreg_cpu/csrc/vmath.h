@@ -38,7 +38,7 @@ constexpr float LOG2_E = float(LOG2_E_EXACT), LN_2 = 0.693147180559945309f;
 // Several at once, step by step, so that the long chain of one does not fill a core's schedulers.
 template <int N>
 ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
-    const vfloat magic = splat(12582912.0f);  // as in vexp
+    const vfloat magic = splat(12582912.0f + 127.0f);  // as in vexp, and with the exponent's bias
     constexpr float P[] = {1.5594677507e-4f, 1.3406643904e-3f, 9.6176929750e-3f, 5.5503105510e-2f,
                            2.4022652783e-1f, 6.9314721497e-1f, 1.0f};
     vfloat shifted[N], p[N];
@@ -55,7 +55,7 @@ ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
         for (int i = 0; i < N; ++i) p[i] = fma(p[i], x[i], splat(P[n]));
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = p[i] * (vfloat)(((vint)shifted[i] << 23) + splat(int32_t(127) << 23));
+    for (int i = 0; i < N; ++i) x[i] = p[i] * (vfloat)((vint)shifted[i] << 23);
 }
 ATTNREG_INLINE vfloat vexp2(vfloat x) {
     vfloat one[1] = {x};
