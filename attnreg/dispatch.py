@@ -50,9 +50,10 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
         _open_graph_call()
         return _graph_call(spec, q, k, v, tensors)
     try:
-        hit = table().exact.get(exact_key(spec, q, k, v, tensors)) if transform() is None else None
+        key = exact_key(spec, q, k, v, tensors)
+        hit = table().exact.get(key) if transform() is None else None
     except (AttributeError, TypeError):
-        hit = None  # not tensors, or symbolic sizes: the slow path says which
+        return _slow(spec, q, k, v, tensors)  # not tensors, or symbolic sizes: it says which
     if hit is not None:
         run, sizes = hit
         if sizes is not None:
@@ -61,7 +62,7 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     if not tensors and _well_typed(spec, q, k, v) and not is_traced(q, k, v):
         longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
-            table().remember(exact_key(spec, q, k, v, tensors), longer, None)
+            table().remember(key, longer, None)
             return longer(q, k, v)
     return _slow(spec, q, k, v, tensors)
 
