@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_cases import CASES, Case
+from cpu_cases import CASES, Case, Make
 from torch import Tensor
 
 from attnreg import AttentionSpec, Problem, hardware, masks, sparsity
@@ -35,10 +35,11 @@ def lengths(*values: int) -> Any:
 
 
 TABLE = torch.tensor([[3, 0, 7, 1, 9, 2, 11, 5, 8], [6, 4, 10, -1, 0, 0, 0, 0, 0]])
+ROWS = (6, 7, 15, 16, 17, 24, 32, 64, 71)
 DECODE = [
     *[Case(f"keys_{n}", spec(mask=CAUSAL), sq=1, skv=n) for n in (1, 63, 65, 127, 129, 1000)],
     *[Case(f"group_{h}", spec(mask=CAUSAL), heads=(h, 1), sq=1, skv=333, dim=80, dim_v=48) for h in (1, 2, 3, 5, 8, 9)],
-    *[Case(f"rows_{h}", spec(), heads=(h, 1), sq=1, skv=200, dim=33, dim_v=20) for h in (16, 17, 33, 64, 71)],
+    *[Case(f"rows_{h}", spec(), heads=(h, 1), sq=1, skv=200, dim=33, dim_v=20) for h in ROWS],
     Case("mha", spec(), heads=(4, 4), sq=1, skv=700, dim=128, dim_v=128),
     Case("few_rows", spec(mask=CAUSAL), heads=(6, 2), sq=5, skv=444),
     Case("window", spec(mask=masks.SlidingWindow(100)), sq=2, skv=600),
@@ -93,6 +94,22 @@ DECODE = [
         pages=6,
     ),
 ]  # fmt: skip
+
+
+def many(name: str, make: Make = lambda g: {}, **fields: Any) -> Case:
+    """23 heads at two positions: rows enough for vector lanes on each instruction set, and two lanes without one."""
+    return Case(f"many_{name}", spec(**fields), heads=(46, 2), sq=2, skv=301, scale_q=3.0, make=make)
+
+
+DECODE += [
+    many("causal", mask=CAUSAL),
+    many("softcap", softcap=3.0),
+    many("bias", lambda g: {"bias": torch.randn(2, 46, 2, 301, generator=g)}, bias=True),
+    many("alibi", lambda g: {"alibi_slopes": torch.rand(2, 46, generator=g)}, alibi=True),
+    many("sinks", lambda g: {"sinks": torch.randn(46, generator=g)}, sinks=True),
+    many("dense", lambda g: {"attn_mask": torch.rand(2, 46, 2, 301, generator=g) < 0.3}, mask=masks.Dense()),
+    many("padding", lambda g: {"kv_lengths": torch.tensor([0, 133])}, mask=masks.Padding()),
+]
 # The forward kernels' table too: more rows than decoding is chosen for, but the law holds for any number.
 TABLE_CASES = [
     c for c in CASES if read_conjunction(c.spec.mask) is not None and isinstance(c.spec.sparsity, sparsity.Dense)

@@ -1,14 +1,16 @@
-"""Law: narrower vectors compute the same attention: AVX2, and the compiler's plain vectors without either.
+"""Law: other vectors compute the same attention: AVX2, and the compiler's plain ones of 4 lanes or, as AVX-512 has, 16.
 
 A Zen reads e4m3 in its own way with AVX2, so that decoding is compiled for one too where the CPU can run that.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import test_backward
+import test_decode as decode_tests
 import test_decode_quantised as quantised_tests
 import test_forward as forward_tests
 import torch
@@ -37,6 +39,7 @@ CHOSEN = [case for case in CASES if case.name in NAMES]
 
 FLAGS = set(build.cpu_identity().replace("'", " ").split())
 MARCHES = ["x86-64-v3", "x86-64"]
+WIDE = "16 lanes"
 # The extensions of Zen 3 that Zen 4 and 5 share and no other CPU with all of them lacks.
 ZEN = ["znver3"] if {"AMD", "avx2", "fma", "sse4a", "clzero", "vaes", "rdpid"} <= FLAGS else []
 
@@ -47,7 +50,10 @@ def march(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pytest.skip("needs a C++ compiler on x86-64")
     if request.param == "x86-64-v3" and not {"avx2", "fma"} <= FLAGS:
         pytest.skip("this CPU has no AVX2")
-    monkeypatch.setenv("ATTNREG_CPU_MARCH", request.param)
+    if request.param == WIDE:
+        monkeypatch.setattr(build, "BASE_FLAGS", (*build.BASE_FLAGS, "-DATTNREG_PLAIN_LANES=16"))
+    else:
+        monkeypatch.setenv("ATTNREG_CPU_MARCH", request.param)
     kernels = (variant.load_kernel, decode._kernel)
     for kernel in kernels:
         kernel.cache_clear()
@@ -60,8 +66,12 @@ def test_the_table_names_cases_that_exist() -> None:
     assert {case.name for case in CHOSEN} == set(NAMES)
 
 
-@pytest.mark.parametrize("march", MARCHES, indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("march", "dtype"), [*itertools.product(MARCHES, DTYPES), (WIDE, torch.float32)], indirect=["march"], ids=str
+)
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_forward(case: Case, dtype: torch.dtype, march: str) -> None:
     forward_tests.compare(case, dtype, vectors=3)
@@ -73,16 +83,22 @@ def test_backward_too(case: Case, march: str) -> None:
     test_backward.compare(case, torch.float32, through_lse=True, vectors=3)
 
 
-@pytest.mark.parametrize("march", MARCHES + ZEN, indirect=True)
+@pytest.mark.parametrize("march", [*MARCHES, WIDE], indirect=True)
+@pytest.mark.parametrize("case", decode_tests.DECODE, ids=str)
+def test_decode(case: Case, march: str) -> None:
+    decode_tests.compare(case, torch.float32)
+
+
+@pytest.mark.parametrize("march", [*MARCHES, *ZEN, WIDE], indirect=True)
 @pytest.mark.parametrize("name", quantised_tests.STORED)
 def test_stored_codes(name: str, march: str) -> None:
     quantised_tests.test_every_code_is_read_right(name)
-    for heads, dims in (((4, 4), (64, 64)), ((4, 1), (72, 40)), ((40, 2), (128, 128))):
+    for heads, dims in (((4, 4), (64, 64)), ((4, 1), (72, 40)), ((64, 2), (128, 128))):
         quantised_tests.test_quantised_cache(name, "block", torch.float32, heads, dims)
 
 
-@pytest.mark.parametrize("march", MARCHES + ZEN, indirect=True)
+@pytest.mark.parametrize("march", [*MARCHES, *ZEN, WIDE], indirect=True)
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (40, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 1), (64, 2)], ids=str)
 def test_stored_nans(name: str, heads: tuple[int, int], march: str) -> None:
     quantised_tests.test_a_nan_reaches_what_it_belongs_to(name, heads, (72, 40))

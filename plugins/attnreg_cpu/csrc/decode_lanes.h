@@ -19,8 +19,9 @@ inline bool fill_lanes(int64_t rows) { return rows > LANES && 10 * rows >= 9 * (
 constexpr int64_t LINE_FLOATS = 64 / sizeof(float);
 
 // Keys whose sums NV registers of rows keep at once; each takes a pointer as well.
+constexpr int MOST_LANE_KEYS = 8;
 template <int NV>
-constexpr int LANE_KEYS = micro_rows(NV) < 8 ? micro_rows(NV) : 8;
+constexpr int LANE_KEYS = micro_rows(NV) < MOST_LANE_KEYS ? micro_rows(NV) : MOST_LANE_KEYS;
 
 // scores[k][lane] = sum_d keys[k][d] * columns[d * stride + lane], and peak[lane] = the greatest of them. Scores are written up to the
 // next multiple of LANE_KEYS. Asks for the rows `ahead`.

@@ -59,9 +59,9 @@ class Masks {
     // Does the tile neither hide nor change a score of any row?
     bool plain() const { return !bounded_ && !p_.bias && !p_.mask && !p_.documents && !p_.alibi; }
 
-    // Completes what the row of this query head adds and hides. Valid until the next call.
-    void fill(int64_t r, int64_t head, RowModifiers& m) {
-        const int64_t query = (task_->row + r) / group_;
+    // Completes what row r of the KV head adds and hides. Valid until the next call.
+    void fill(int64_t r, int64_t kv_head, RowModifiers& m) {
+        const int64_t query = (task_->row + r) / group_, head = kv_head * group_ + (task_->row + r) % group_;
         m.alibi = p_.alibi != nullptr;
         if (m.alibi) m.slope = p_.alibi[task_->sequence.batch * p_.alibi_batch + head];
         m.position = int32_t(position(r) - first_key_);

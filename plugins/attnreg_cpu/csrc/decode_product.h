@@ -1,7 +1,7 @@
 // The two products of decoding: dot products of query rows with keys, and weighted sums of values.
 //
-// Keys and values come as one pointer a row, so that strided tensors and pages look alike. Few rows read keys in their own type, along
-// the head dimension; many rows stand in lanes and take float32 keys element by element, which needs no sums across lanes.
+// Keys and values come as one pointer a row, so that strided tensors and pages look alike, and are read in their own type, along the
+// head dimension. Rows that fill the lanes are multiplied in decode_lanes.h.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -156,7 +156,7 @@ ATTNREG_INLINE void dot_step(const float* q, int64_t q_stride, const T* const* k
 
 // Keys that `ROWS` rows take with one set of sums across lanes.
 template <int ROWS>
-constexpr int KEYS_AT_ONCE = ROWS == 4 && LANES == 8 ? LANES : LANES / ROWS;
+constexpr int KEYS_AT_ONCE = ROWS == 3 || (ROWS == 4 && LANES == 8) ? LANES : LANES / ROWS;
 
 // scores[r * stride + k] = q[r] . keys[k] for ROWS rows and KEYS_AT_ONCE keys. Asks for the rows `ahead`.
 template <class T, int ROWS>
@@ -164,11 +164,12 @@ ATTNREG_INLINE void dot_keys(const float* q, int64_t q_stride, const T* const* k
                              int64_t stride) {
     constexpr int KEYS = KEYS_AT_ONCE<ROWS>;
     vfloat sums[ROWS * KEYS];
-    if constexpr (KEYS == LANES && ROWS == 4) {
+    if constexpr (KEYS == LANES && ROWS > 2) {
         // Twelve sums leave 16 registers room for what they share; eight would wait for their multiply-adds.
-        dot_step<T, ROWS, KEYS, 3>(q, q_stride, keys, 0, dim, ahead, sums);
-        dot_step<T, ROWS, KEYS, 3>(q, q_stride, keys, 3, dim, ahead, sums);
-        dot_step<T, ROWS, KEYS, 2>(q, q_stride, keys, 6, dim, ahead, sums);
+        constexpr int STEP = 12 / ROWS, REST = KEYS % STEP;
+#pragma GCC unroll 4
+        for (int first = 0; first + STEP <= KEYS; first += STEP) dot_step<T, ROWS, KEYS, STEP>(q, q_stride, keys, first, dim, ahead, sums);
+        if constexpr (REST != 0) dot_step<T, ROWS, KEYS, REST>(q, q_stride, keys, KEYS - REST, dim, ahead, sums);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) store(scores + r * stride, sum_each(sums + r * KEYS));
     } else {
@@ -205,6 +206,7 @@ void dot_tile(const float* q, int64_t q_stride, int64_t rows, const T* const* ke
             r += ROWS, ahead = {};
         };
         while (r + 4 <= rows) take(std::integral_constant<int, 4>());
+        if (r + 3 <= rows) take(std::integral_constant<int, 3>());
         if (r + 2 <= rows) take(std::integral_constant<int, 2>());
         if (r < rows) take(std::integral_constant<int, 1>());
         lose_keys(keys, part, dim, scores, rows, stride);
@@ -250,7 +252,7 @@ ATTNREG_INLINE void add_values(const float* weights, int64_t stride, const float
             repeat<COLS / N>([&](int block) ATTNREG_LAMBDA {
                 const int c = block * N;
                 vfloat y[N];
-                load_columns<false>(value + c * LANES, part, y);
+                load_columns<(ROWS > 2 && VECTOR_REGISTERS <= 16)>(value + c * LANES, part, y);
                 repeat<N>([&](int n) ATTNREG_LAMBDA {
                     if (ROWS > 1) y[n] = in_register(y[n]);
                     repeat<ROWS>([&](int r) ATTNREG_LAMBDA { sum[r][c + n] = fma(weight[r], y[n], sum[r][c + n]); });
@@ -295,6 +297,7 @@ void add_tile(const float* weights, int64_t stride, int64_t rows, float* rescale
             r += ROWS, ahead = {};
         };
         while (r + 4 <= rows) add(std::integral_constant<int, 4>());
+        if (r + 3 <= rows) add(std::integral_constant<int, 3>());
         if (r + 2 <= rows) add(std::integral_constant<int, 2>());
         if (r < rows) add(std::integral_constant<int, 1>());
         lose_channels(values, part, dim, out, rows, out_stride);

@@ -1,51 +1,22 @@
 // One task of decoding: the rows of a few KV heads against one piece of the keys, tile by tile.
 #pragma once
-#include "decode_lanes.h"
-#include "decode_masks.h"
+#include "decode_lane_rows.h"
 #include "decode_output.h"
 #include "decode_product.h"
 
 namespace attnreg {
-
-inline int64_t round_up(int64_t x, int64_t by) { return (x + by - 1) / by * by; }
-
-struct Shape {
-    int64_t head_k, head_v;
-    int64_t stride_k, stride_v;  // rounded up to whole registers
-    int64_t tile;                // keys at a time, a multiple of LANES
-    int64_t rows;                // of one KV head, at most, rounded up to whole registers
-    int64_t slots;               // of all KV heads of a task, at most: head * rows + row
-    int64_t stage;               // rows from which keys and values are widened first
-    int64_t ahead;               // rows that are asked for in advance, at most a tile
-    int64_t streams;             // above 1: the next tile is asked for instead, in so many places at once
-
-    int64_t state_floats() const { return slots * (stride_v + 2); }
-};
-
-// What a task has summed so far.
-struct State {
-    float* sums;  // [slot][stride_v]
-    RowState* rows;
-
-    State(float* base, const Shape& s) : sums(base), rows(reinterpret_cast<RowState*>(base + s.slots * s.stride_v)) {}
-};
 
 template <class T>
 class Worker {
   public:
     // Takes its arrays from the carver, which with a null base only counts what they need.
     Worker(const DecodeParams& d, const Shape& shape, Carver& carver)
-        : d_(d), p_(d.call), s_(shape), group_(p_.q_heads / p_.kv_heads), masks_(d.call, shape.tile, shape.rows, carver) {
+        : d_(d), p_(d.call), s_(shape), group_(p_.q_heads / p_.kv_heads), masks_(d.call, shape.tile, shape.rows, carver),
+          lanes_(shape, masks_, carver) {
         state_ = carver.take<float>(s_.state_floats());
         q_ = carver.take<float>(s_.slots * s_.stride_k);
-        q_columns_ = carver.take<float>(s_.slots * s_.head_k);
-        scores_ = carver.take<float>(std::max<int64_t>(s_.rows, MOST_LANE_VECTORS * LANES) * (s_.tile + 8));  // LANE_KEYS are written at once
-        turned_ = carver.take<float>(LANES * s_.tile);
-        lane_sums_ = carver.take<float>(s_.slots * s_.head_v);
-        lane_top_ = carver.take<float>(s_.slots);
-        lane_sum_ = carver.take<float>(s_.slots);
-        peak_ = carver.take<float>(MOST_LANE_VECTORS * LANES);
-        rescale_ = carver.take<float>(std::max<int64_t>(s_.rows, MOST_LANE_VECTORS * LANES));
+        scores_ = carver.take<float>(s_.rows * s_.tile);
+        rescale_ = carver.take<float>(s_.rows);
         key_scale_ = carver.take<float>(s_.tile);
         value_scale_ = carver.take<float>(s_.tile);
         key_at_ = carver.take<int64_t>(s_.tile + s_.ahead);
@@ -74,7 +45,7 @@ class Worker {
             locate(first, count);
             for (int64_t h = 0; h < task.heads; ++h) attend(h, first, count, state);
         }
-        if (in_lanes_) leave_lanes(state);
+        if (in_lanes_) lanes_.leave(state);
     }
 
   private:
@@ -83,23 +54,11 @@ class Worker {
     void clear(State state) {
         std::memset(state.sums, 0, size_t(s_.slots * s_.stride_v) * sizeof(float));
         for (int64_t slot = 0; slot < s_.slots; ++slot) state.rows[slot] = RowState();
-        if (!in_lanes_) return;
-        std::memset(lane_sums_, 0, size_t(s_.slots * s_.head_v) * sizeof(float));
-        std::fill(lane_top_, lane_top_ + s_.slots, -INFINITY_F);
-        std::fill(lane_sum_, lane_sum_ + s_.slots, 0.0f);
-    }
-
-    // Rows in lanes count their maxima as powers of 2.
-    void leave_lanes(State state) const {
-        for (int64_t h = 0; h < task_->heads; ++h) {
-            sums_to_rows(lane_sums_ + slot(h) * s_.head_v, s_.rows, task_->rows, s_.head_v, state.sums + slot(h) * s_.stride_v, s_.stride_v);
-            for (int64_t r = slot(h); r < slot(h) + task_->rows; ++r) state.rows[r] = {lane_top_[r] * LN_2, lane_sum_[r]};
-        }
     }
 
     void load_queries() {
         const int64_t batch = p_.cu_q ? 0 : task_->sequence.batch;
-        if (in_lanes_) std::memset(q_columns_, 0, size_t(s_.slots * s_.head_k) * sizeof(float));
+        if (in_lanes_) lanes_.start(*task_);
         for (int64_t h = 0; h < task_->heads; ++h) {
             const int64_t kv_head = task_->head + h;
             const float scale =
@@ -111,8 +70,7 @@ class Worker {
                 float* q = q_ + (slot(h) + r) * s_.stride_k;
                 for (int64_t c = 0; c < s_.head_k; ++c) q[c] = read_float(p_.q, at + c, d_.q_type) * scale;
                 for (int64_t c = s_.head_k; c < s_.stride_k; ++c) q[c] = 0.0f;
-                if (!in_lanes_) continue;
-                for (int64_t c = 0; c < s_.head_k; ++c) q_columns_[slot(h) * s_.head_k + c * s_.rows + r] = q[c];
+                if (in_lanes_) lanes_.load(h, r, q);
             }
         }
     }
@@ -178,7 +136,7 @@ class Worker {
         if (in_lanes_) {
             const auto keys = floats(keys_, wide_keys_, ahead);
             if (staged_) widen_rows(values, count, s_.head_v, s_.stride_v, later, staged_values_, wide_values_);
-            return attend_in_lanes(h, count, m, keys, floats(values, wide_values_, later));
+            return lanes_.attend(h, task_->head + h, count, m, keys, floats(values, wide_values_, later));
         }
         const float* q = q_ + slot(h) * s_.stride_k;
         if (staged_) {
@@ -197,13 +155,9 @@ class Worker {
     }
 
     // Rows that are float32 already are read where they lie, and then the next are asked for; staged ones were asked for before.
-    struct Floats {
-        const float* const* rows;
-        Ahead<float> ahead;
-    };
-    static Floats floats(const float* const* rows, const float* const*, Ahead<float> ahead) { return {rows, ahead}; }
+    static FloatRows floats(const float* const* rows, const float* const*, Ahead<float> ahead) { return {rows, ahead}; }
     template <class U>
-    static Floats floats(const U* const*, const float* const* staged, Ahead<U>) {
+    static FloatRows floats(const U* const*, const float* const* staged, Ahead<U>) {
         return {staged, {}};
     }
 
@@ -219,55 +173,11 @@ class Worker {
         }
     }
 
-    // Few registers of rows at a time, so that their scores stay in the first cache.
-    void attend_in_lanes(int64_t h, int64_t count, RowModifiers& m, Floats keys, Floats values) {
-        const int64_t vectors = (task_->rows + LANES - 1) / LANES;
-        for (int64_t v = 0; v < vectors;) {
-            const int64_t left = vectors - v, taken = left == 1 || left == 3 ? left : 2, row = v * LANES;
-            switch (taken) {
-                case 1: attend_vectors<1>(h, row, count, m, keys, values); break;
-                case 2: attend_vectors<2>(h, row, count, m, keys, values); break;
-                default: attend_vectors<3>(h, row, count, m, keys, values);
-            }
-            v += taken, keys.ahead = values.ahead = {};
-        }
-    }
-
-    template <int NV>
-    void attend_vectors(int64_t h, int64_t row, int64_t count, RowModifiers& m, Floats keys, Floats values) {
-        static_assert(NV <= MOST_LANE_VECTORS, "scratch");
-        const int64_t at = slot(h) + row;
-        score_lanes<NV>(q_columns_ + slot(h) * s_.head_k + row, s_.rows, keys.rows, count, s_.head_k, keys.ahead, scores_, peak_);
-        float scale = m.scale;
-        if (!m.plain() || !masks_.plain()) {
-            for (int v = 0; v < NV; ++v) modify_lanes<NV>(h, row + v * LANES, count, m, scores_ + v * LANES, peak_ + v * LANES);
-            scale = 1.0f;
-        }
-        Single* weights = reinterpret_cast<Single*>(scores_);
-        online_softmax<NV>(weights, scores_, count, scale, peak_, lane_top_ + at, lane_sum_ + at, rescale_);
-        if (m.weight_unit != 1.0f || m.value_scale) scale_keys<NV>(scores_, count, m.weight_unit, m.value_scale);
-        float* sums = lane_sums_ + slot(h) * s_.head_v + row;
-        add_lanes<NV>(scores_, rescale_, values.rows, count, s_.head_v, values.ahead, sums, s_.rows);
-    }
-
-    // Modifies the scores of a register of rows, one row at a time.
-    template <int NV>
-    void modify_lanes(int64_t h, int64_t row, int64_t count, RowModifiers& m, float* scores, float* peak) {
-        lanes_to_rows<NV>(scores, count, turned_, s_.tile);
-        for (int64_t r = row; r < std::min(row + LANES, task_->rows); ++r) {
-            masks_.fill(r, head_of(task_->head + h, r), m);
-            peak[r - row] = modify_row(m, turned_ + (r - row) * s_.tile, count);
-        }
-        rows_to_lanes<NV>(turned_, s_.tile, count, scores);
-    }
-
-    int64_t head_of(int64_t kv_head, int64_t r) const { return kv_head * group_ + (task_->row + r) % group_; }
-
     // Scores to weights, row by row.
     void weigh(int64_t kv_head, int64_t count, RowModifiers& m, RowState* rows) {
         for (int64_t r = 0; r < task_->rows; ++r) {
             float* scores = scores_ + r * s_.tile;
-            masks_.fill(r, head_of(kv_head, r), m);
+            masks_.fill(r, kv_head, m);
             const bool plain = m.plain() && masks_.plain() && count % LANES == 0;
             const float peak = plain ? greatest(scores, count) * m.scale : modify_row(m, scores, count);
             rescale_[r] = online_softmax(m, rows[r], scores, count, plain ? m.scale : 1.0f, peak);
@@ -303,9 +213,10 @@ class Worker {
     const Shape s_;
     const int64_t group_;
     Masks masks_;
+    LaneRows lanes_;
     const Task* task_ = nullptr;
     bool in_lanes_ = false, staged_ = false;
-    float *state_, *q_, *q_columns_, *scores_, *turned_, *lane_sums_, *lane_top_, *lane_sum_, *peak_, *rescale_, *key_scale_, *value_scale_;
+    float *state_, *q_, *scores_, *rescale_, *key_scale_, *value_scale_;
     int64_t *key_at_, *value_at_;
     const T **keys_, **asked_;
     const float **wide_keys_, **wide_values_;

@@ -13,7 +13,9 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+// ATTNREG_PLAIN_LANES: so many lanes of the compiler's own vectors. Tests run the width of AVX-512 so where the CPU has none.
+#if defined(ATTNREG_PLAIN_LANES)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define ATTNREG_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
 #define ATTNREG_AVX2 1
@@ -40,6 +42,9 @@ constexpr int VECTOR_REGISTERS = 32;
 #elif defined(ATTNREG_AVX2)
 constexpr int LANES = 8;
 constexpr int VECTOR_REGISTERS = 16;
+#elif defined(ATTNREG_PLAIN_LANES)
+constexpr int LANES = ATTNREG_PLAIN_LANES;
+constexpr int VECTOR_REGISTERS = 32;
 #elif defined(ATTNREG_NEON)
 constexpr int LANES = 4;
 constexpr int VECTOR_REGISTERS = 32;
@@ -85,7 +90,7 @@ ATTNREG_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
     return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 #else
-ATTNREG_INLINE vfloat splat(float x) { return vfloat{x, x, x, x}; }
+ATTNREG_INLINE vfloat splat(float x) { return (vfloat){} + x; }
 ATTNREG_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 #endif
 ATTNREG_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
