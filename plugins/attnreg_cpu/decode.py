@@ -15,11 +15,13 @@ from attnreg import Hardware, Problem, SearchSpace, block_of, scores, sparsity
 from attnreg_cpu import build, params
 from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import read_conjunction
+from attnreg_cpu.tuning_space import lanes_of
 from attnreg_cpu.variant import check_status
 
 __all__ = ["Decode", "decode_space", "decode_supports", "is_decode"]
 
 MOST_ROWS = 64
+MOST_ROWS_OF_IDLE_CORES = 512
 ONE_PASS = 4  # rows that the products take at once
 WIDEN_ROWS = 9  # from which a narrow cache is widened once a block, unless tuned otherwise
 CACHES = {
@@ -35,16 +37,24 @@ SCALES = ("q_descale", "k_descale", "v_descale")
 _end_packer = struct.Struct("=20q")
 
 
-def is_decode(problem: Problem) -> bool:
-    """Is this the decode path's work: few rows a KV head, or a cache that the prefill kernels do not read?"""
-    return problem.sq * problem.group <= MOST_ROWS or problem.kv_dtype not in ("float32", "float16", "bfloat16")
+def is_decode(problem: Problem, hardware: Hardware) -> bool:
+    """Is this the decode path's work: few rows a KV head, or a cache that the prefill kernels do not read?
+
+    Few are also rows that prefill, which cuts nothing but rows, would leave half of the cores without (128 query heads on
+    one KV head): decoding cuts the keys as well. On the cores of both it is a tenth slower for so many.
+    """
+    rows = problem.sq * problem.group
+    if rows <= MOST_ROWS or problem.kv_dtype not in ("float32", "float16", "bfloat16"):
+        return True
+    items = -(-rows // (2 * lanes_of(hardware))) * problem.kv_heads * problem.sequences
+    return rows <= MOST_ROWS_OF_IDLE_CORES and 2 * items <= hardware.cores and problem.skv >= rows
 
 
 def decode_supports(problem: Problem, hardware: Hardware) -> list[str]:
     """Every reason against the decode path, but for those that hold for all native kernels; empty if there is none."""
     spec = problem.spec
     reasons = []
-    if not is_decode(problem):
+    if not is_decode(problem, hardware):
         rows = problem.sq * problem.group
         reasons.append(f"{rows} query rows a KV head: decoding takes at most {MOST_ROWS} over an unquantised cache")
     if problem.needs_grad:

@@ -28,7 +28,7 @@ def estimate(problem: Problem, hardware: Hardware, decodes: bool) -> float:
         rate *= 1.5
     if spec.softcap or spec.alibi or spec.bias or "attn_mask" in spec.tensors():
         rate /= 1.4
-    if decodes:
+    if decodes and problem.sq * problem.group <= 2 * lanes_of(hardware):
         rate /= 2  # a few rows fill no register tile
     bandwidth = hardware.bandwidth or BANDWIDTH_A_CORE * min(hardware.cores, 8)
     return CALL + (3.5 if problem.needs_grad else 1.0) * max(flops / rate, moved / bandwidth)

@@ -32,7 +32,7 @@ class NativeBackend:
         reasons = _machine_reasons(problem)
         if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
             reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
-        if is_decode(problem):
+        if is_decode(problem, hardware):
             decode = decode_supports(problem, hardware)
             # What decoding does not take, prefill may; its reasons count where both refuse.
             return reasons + (decode if not decode else prefill_supports(problem))
@@ -64,7 +64,7 @@ class NativeBackend:
 
 
 def _decodes(problem: Problem, hardware: Hardware) -> bool:
-    return is_decode(problem) and not decode_supports(problem, hardware)
+    return is_decode(problem, hardware) and not decode_supports(problem, hardware)
 
 
 def _machine_reasons(problem: Problem) -> list[str]:

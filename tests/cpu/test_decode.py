@@ -18,6 +18,7 @@ from attnreg.validate import check
 from attnreg_cpu import build
 from attnreg_cpu.conjunction import read_conjunction
 from attnreg_cpu.decode import Decode, decode_space, decode_supports
+from attnreg_cpu.native import NativeBackend
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -297,3 +298,18 @@ def test_refusals_name_their_cause(change: dict[str, Any], word: str) -> None:
     problem = Problem(**{**plain, "head_dim": 8, "head_dim_k": 8, "head_dim_v": 8})
     assert decode_supports(problem, CPU) == []
     assert any(word in reason for reason in decode_supports(replace(problem, **change), CPU))
+
+
+def test_many_rows_decode_where_prefill_would_leave_cores_idle() -> None:
+    g = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(1, h, n, 64, generator=g) for h, n in ((128, 1), (1, 3000), (1, 3000)))
+    problem = Problem.of(spec(), check(spec(), q, k, v, {}), q, k, v, {})
+    for cores, choice in ((2, "tiles"), (64, "kv_splits")):
+        backend, machine = NativeBackend(), replace(CPU, cores=cores)
+        space = backend.space(problem, machine)
+        assert choice in space.default
+        assert backend.supports(problem, machine) == []
+        out, lse = backend.prepare(problem, space.default)(q, k, v)
+        exact_out, exact_lse = oracle(spec(), q, k, v)
+        assert error(out, exact_out) <= 2e-6
+        assert error(lse, exact_lse) <= 4e-6
