@@ -40,8 +40,8 @@ _end_packer = struct.Struct("=20q")
 def is_decode(problem: Problem, hardware: Hardware) -> bool:
     """Is this the decode path's work: few rows a KV head, or a cache that the prefill kernels do not read?
 
-    Few are also rows that prefill, which cuts nothing but rows, would leave half of the cores without (128 query heads on
-    one KV head): decoding cuts the keys as well. On the cores of both it is a tenth slower for so many.
+    Few are also rows that would leave prefill half of the cores idle, as it cuts nothing but rows (128 query heads on
+    one KV head): decoding cuts the keys as well. Where both fill the cores, it is a tenth slower for so many.
     """
     rows = problem.sq * problem.group
     if rows <= MOST_ROWS or problem.kv_dtype not in ("float32", "float16", "bfloat16"):
