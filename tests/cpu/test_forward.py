@@ -8,7 +8,7 @@ import pytest
 import torch
 from cpu_cases import CASES, Case
 
-from attnreg import Problem, hardware
+from attnreg import AttentionSpec, Problem, hardware
 from attnreg.testing.oracle import attend, oracle
 from attnreg.testing.sequences import put_together
 from attnreg.validate import check
@@ -69,3 +69,17 @@ def test_forward_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim == 64], ids=str)
 def test_every_configuration_gives_the_same(case: Case, config: dict[str, Any]) -> None:
     compare(case, torch.bfloat16 if "pairs" in config else torch.float32, **config)
+
+
+@pytest.mark.parametrize(("heads", "rows"), [(1, 80), (32, 1), (3, 1)], ids=str)
+def test_long_sums_are_as_exact_as_eager(heads: int, rows: int) -> None:
+    """65,536 keys whose values do not cancel: in one running sum float32 would lose ten times as much."""
+    g = torch.Generator().manual_seed(8)
+    q = torch.randn(1, heads, rows, 64, generator=g)
+    k, v = torch.randn(1, 1, 65536, 64, generator=g), torch.randn(1, 1, 65536, 64, generator=g) + 1
+    case = Case("long", AttentionSpec(return_lse=True))
+    out, lse = prepare(case, q, k, v, {})(q, k, v)
+    exact_out, exact_lse = oracle(case.spec, q, k, v)
+    ((plain_out, plain_lse),) = [(p.out, p.lse) for p in attend(case.spec, q, k, v, {}, dtype=torch.float32)]
+    assert error(out, exact_out) <= 2 * error(plain_out, exact_out) + FLOOR[torch.float32]
+    assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse) + 4e-6

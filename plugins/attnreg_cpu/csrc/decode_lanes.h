@@ -93,11 +93,7 @@ void scale_keys(float* weights, int64_t count, float unit, const float* scale) {
 template <int NV, int CHANNELS>
 ATTNREG_INLINE void add_channels(const float* weights, const float* rescale, const float* const* values, int64_t count, int64_t channel,
                                  Ahead<float> ahead, float* out, int64_t stride) {
-    vfloat sum[CHANNELS][NV];
-    float* to = out + channel * stride;
-    repeat<CHANNELS * NV>([&](int i) ATTNREG_LAMBDA {
-        sum[i / NV][i % NV] = load(to + i / NV * stride + i % NV * LANES) * load(rescale + i % NV * LANES);
-    });
+    vfloat sum[CHANNELS][NV] = {};
     // Each run over the channels asks for the lines that begin in it.
     const int64_t line = (channel + LINE_FLOATS - 1) / LINE_FLOATS * LINE_FLOATS;
     const bool asks = ahead && line < channel + CHANNELS;
@@ -111,7 +107,11 @@ ATTNREG_INLINE void add_channels(const float* weights, const float* rescale, con
             repeat<NV>([&](int v) ATTNREG_LAMBDA { sum[c][v] = fma(weight[v], y, sum[c][v]); });
         });
     }
-    repeat<CHANNELS * NV>([&](int i) ATTNREG_LAMBDA { store(to + i / NV * stride + i % NV * LANES, sum[i / NV][i % NV]); });
+    // As in micro.h: a tile's own sum joins at the end.
+    repeat<CHANNELS * NV>([&](int i) ATTNREG_LAMBDA {
+        float* to = out + (channel + i / NV) * stride + i % NV * LANES;
+        store(to, fma(load(rescale + i % NV * LANES), load(to), sum[i / NV][i % NV]));
+    });
 }
 
 // out[c * stride + lane] = rescale[lane] * out[c * stride + lane] + sum_k values[k][c] * weights[k][lane]. Asks for the rows `ahead`.

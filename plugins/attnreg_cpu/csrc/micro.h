@@ -60,21 +60,20 @@ ATTNREG_ALONE void multiply_scores(int64_t count, const Operand* keys, int64_t s
     }
 }
 
+// What a run of keys adds is summed by itself and joins the output at the end: fewer roundings of a long sum (join_sums in softmax.h).
 template <int MR, int NV, class Operand>
 ATTNREG_INLINE void accumulate_channels(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
                                         const float* rescale) {
-    vfloat acc[MR][NV];
+    vfloat acc[MR][NV] = {};
+    multiply<MR, NV, false>(acc, depth, values, stride, weights, NV * LANES);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
         const vfloat factor = load(rescale + v * LANES);
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) acc[i][v] = factor * load(output + (i * NV + v) * LANES);
-    }
-    multiply<MR, NV, false>(acc, depth, values, stride, weights, NV * LANES);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) store(output + (i * NV + v) * LANES, acc[i][v]);
+        for (int i = 0; i < MR; ++i) {
+            float* to = output + (i * NV + v) * LANES;
+            store(to, fma(factor, load(to), acc[i][v]));
+        }
     }
 }
 

@@ -85,20 +85,25 @@ void bound_scores(const int32_t* first, const int32_t* last, int64_t first_key, 
 
 ATTNREG_INLINE void store_weights(Single* out, int64_t at, vfloat weight) { std::memcpy(out + at, &weight, sizeof(weight)); }
 
-// Brings maximum and sum up to date before weights of base 2 are taken: `base` is what their exponents are counted from (0 for a lane
-// that has met nothing yet), `total` the sum so far, and `rescale` the factor for what was summed before.
+// Brings the maximum up to date before weights of base 2 are taken: `base` is what their exponents are counted from (0 for a lane that
+// has met nothing yet), and `rescale` the factor for what was summed before.
 template <int NV>
-ATTNREG_INLINE void start_weights(vfloat factor, const float* peak, float* top, const float* sum, float* rescale, vfloat (&base)[NV],
-                                  vfloat (&total)[NV]) {
+ATTNREG_INLINE void start_weights(vfloat factor, const float* peak, float* top, float* rescale, vfloat (&base)[NV]) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
         const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
         base[v] = select(now == splat(-INFINITY_F), zero(), now);
-        const vfloat shrink = vexp2(before - base[v]);
         store(top + v * LANES, now);
-        store(rescale + v * LANES, shrink);
-        total[v] = shrink * load(sum + v * LANES);
+        store(rescale + v * LANES, vexp2(before - base[v]));
     }
+}
+
+// Joins the sum of one run's weights to that of the runs before. Run by run, because one long sum loses more to rounding: a lane may
+// count 131,072 keys.
+template <int NV>
+ATTNREG_INLINE void join_sums(const vfloat (&total)[NV], const float* rescale, float* sum) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(sum + v * LANES, fma(load(rescale + v * LANES), load(sum + v * LANES), total[v]));
 }
 
 // Turns scores into weights 2^(score * scale * log2(e) - maximum), in place, and brings maximum (in base 2), sum and the factor for what
@@ -106,9 +111,9 @@ ATTNREG_INLINE void start_weights(vfloat factor, const float* peak, float* top, 
 template <int NV>
 ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
-    vfloat base[NV], total[NV];
+    vfloat base[NV], total[NV] = {};
     const vfloat factor = splat(scale * LOG2_E);
-    start_weights<NV>(factor, peak, top, sum, rescale, base, total);
+    start_weights<NV>(factor, peak, top, rescale, base);
     for (int64_t j = 0; j < count; ++j) {
         vfloat weight[NV];
 #pragma GCC unroll 8
@@ -120,7 +125,7 @@ ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t 
             store_weights(weights, (j * NV + v) * LANES, weight[v]);
         }
     }
-    for (int v = 0; v < NV; ++v) store(sum + v * LANES, total[v]);
+    join_sums<NV>(total, rescale, sum);
 }
 
 #if defined(ATTNREG_HAS_PAIRS)
@@ -128,9 +133,9 @@ ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t 
 template <int NV>
 ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
-    vfloat base[NV], total[NV];
+    vfloat base[NV], total[NV] = {};
     const vfloat factor = splat(scale * LOG2_E);
-    start_weights<NV>(factor, peak, top, sum, rescale, base, total);
+    start_weights<NV>(factor, peak, top, rescale, base);
     for (int64_t j = 0; j < count; j += 2) {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
@@ -142,7 +147,7 @@ ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t co
             std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
         }
     }
-    for (int v = 0; v < NV; ++v) store(sum + v * LANES, total[v]);
+    join_sums<NV>(total, rescale, sum);
 }
 #endif
 
