@@ -51,7 +51,11 @@ def compare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, named: dict[st
 @pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("scaling", ["tensor", "head", "block"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "dims"), [((4, 4), (64, 64)), ((4, 1), (72, 40)), ((64, 2), (128, 128))], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [((4, 4), (64, 64)), ((4, 1), (72, 40)), ((40, 2), (128, 128)), ((64, 2), (128, 128))],
+    ids=str,
+)
 def test_quantised_cache(
     name: str, scaling: str, dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]
 ) -> None:
@@ -173,7 +177,7 @@ def test_subnormals_are_read_where_torch_flushes_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1), (64, 2)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1), (40, 2), (64, 2)], ids=str)
 @pytest.mark.parametrize("dims", [(128, 128), (72, 40), (24, 8)], ids=str)
 def test_a_nan_reaches_what_it_belongs_to(name: str, heads: tuple[int, int], dims: tuple[int, int]) -> None:
     """A NaN of a key every channel of its KV head's rows, one of a value its own channel, and nothing else."""
