@@ -112,13 +112,18 @@ class Descales(NamedTuple):
 
 
 class Score(NamedTuple):
-    """`softcap(scale * q.k) + bias - slope * |position - key|`; q.k of what the stored values stand for."""
+    """`softcap(scale * q.k) + bias - slope * |position - key|`; q.k of what the stored values stand for.
+
+    `stored`: 1 where there are `descales`, else None; Triton before 3.7 cannot ask whether a tuple with absent leaves
+    is None.
+    """
 
     scale: Any
     softcap: Any
     bias: Any
     alibi: Any
     alibi_batch: Any
+    stored: Any = None
     descales: Any = None
 
 

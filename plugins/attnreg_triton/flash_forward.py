@@ -70,7 +70,7 @@ def attend(
         k_tile, k_tail = load_head(
             key_pointers(k, sequence, kv_head, keys, start, pages), inside, D, BLOCK_D, TAIL, MASKED
         )
-        if score.descales is not None:
+        if score.stored is not None:
             products = stored_products(
                 q, q_tail, k_tile, k_tail, score.descales, sequence, kv_head, rows, keys, TAIL, PRECISION
             )
@@ -84,7 +84,7 @@ def attend(
             weights = tl.where(keep_mask(dropout, sequence, rows, keys[None, :]), weights, 0.0)
         pointers = key_pointers(v, sequence, kv_head, keys, start, pages)
         accumulator = accumulator * decay[:, None]
-        if score.descales is not None:
+        if score.stored is not None:
             accumulator = add_stored_values(
                 accumulator, weights, pointers, score.descales, sequence, kv_head, keys, start, inside, q.dtype, DV,
                 BLOCK_DV, PRECISION,

@@ -119,7 +119,7 @@ def with_descales(launches: list[Launch], descales: Descales) -> list[Launch]:
     out = []
     for launch in launches:
         if "score" in launch.arguments:
-            score = launch.arguments["score"]._replace(descales=descales)
+            score = launch.arguments["score"]._replace(stored=1, descales=descales)
             launch = replace(launch, arguments={**launch.arguments, "score": score})
         out.append(launch)
     return out

@@ -23,6 +23,18 @@ class TestTritonDecode(BackendConformance):
     configurations = 6
 
 
+class TestTritonBlockSparse(BackendConformance):
+    backend = BACKENDS["triton_block_sparse"]
+    device = "cuda"
+    configurations = 6
+
+
+class TestTritonFp8(BackendConformance):
+    backend = BACKENDS["triton_fp8"]
+    device = "cuda"
+    configurations = 6
+
+
 @pytest.mark.slow
 class TestTritonFlashLarger(BackendConformance):
     backend = BACKENDS["triton_flash"]
