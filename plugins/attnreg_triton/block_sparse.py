@@ -14,12 +14,14 @@ from attnreg import Hardware, Problem, SearchSpace, blocks, scores
 from . import block_sparse_space
 from .crosscompile import CrossCompiled
 from .flash import Config, Run
-from .launch import Inputs, sizes
+from .launch import Inputs, Launch, sizes
 from .plan import Plan
 from .signatures import CompileSpec
 from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, size_reasons
 
 GRADIENTS = ("q", "k", "v", "bias", "sinks")
+ROWS = ("row_ptr", "row_split", "col_idx", "tile_idx", "bits")
+"""The tensors of a layout that the forward kernel reads."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,21 @@ def _longest(starts: Tensor) -> int:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
+    from . import ready
     from .block_sparse_launch import forward_launches
     from .flash_launch import output_like
-    from .operators import start
 
-    plan, inputs = call.plan, call.inputs
+    plan, inputs, layout = call.plan, call.inputs, call.layout
     out, lse = output_like(plan, inputs, sizes(plan, inputs))
-    start(forward_launches(plan, inputs, call.layout, out, lse), inputs.q.device)
+    rows = (layout.row_ptr, layout.row_split, layout.col_idx, layout.tile_idx, layout.bits)
+
+    def make(tensors: Sequence[Any]) -> list[Launch]:
+        *given, out, lse = tensors
+        again = replace(layout, **dict(zip(ROWS, given[-len(ROWS) :], strict=True)))
+        return forward_launches(plan, Inputs(*given[: -len(ROWS)]), again, out, lse)
+
+    what = ("block forward", plan, layout.n_q, layout.n_heads, layout.n_batch, layout.block_q)
+    ready.start(what, (*inputs.tensors(), *rows), (out, lse), make)
     return out, lse
 
 
@@ -156,8 +166,9 @@ def backward(
     call: Call, saved: tuple[Tensor, Tensor], upstream: tuple[Tensor, Tensor | None], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of GRADIENTS; None for those that are not wanted."""
+    from . import ready
     from .block_sparse_launch import backward_launches
-    from .operators import rows_dense, sink_gradient, start
+    from .operators import rows_dense, sink_gradient
 
     plan, inputs = call.plan, call.inputs
     size, lse = sizes(plan, inputs), saved[1]
@@ -181,7 +192,7 @@ def backward(
     launches = backward_launches(
         plan, inputs, call.layout, saved, (rows_dense(upstream[0]), upstream[1]), delta, gradients
     )
-    start(launches, inputs.q.device)
+    ready.once(launches, inputs.q.device)
     dk, dv = dkv or (None, None)
     dbias = None if dscores is None or bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
     dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None

@@ -169,13 +169,14 @@ def meta_inputs(problem: Problem) -> Inputs:
 
 def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
     """Compiler input of every launch of a plan; loads Triton, compiles nothing."""
-    from .flash_launch import backward_launches, forward_launches, output_like
+    from .flash_launch import backward_launches, forward_launches, output_like, partials_like
     from .launch import sizes
     from .signatures import compile_spec
 
     inputs = meta_inputs(problem)
-    out, lse = output_like(plan, inputs, sizes(plan, inputs))
-    launches = forward_launches(plan, inputs, out, lse)
+    size = sizes(plan, inputs)
+    out, lse = output_like(plan, inputs, size)
+    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, size, lse))
     if problem.needs_grad:
         grads = problem.grads
         dq = torch.empty_like(inputs.q) if "q" in grads else None

@@ -50,8 +50,18 @@ def output_like(plan: Plan, inputs: Inputs, size: Sizes) -> tuple[Tensor, Tensor
     return q.new_empty(shape), q.new_empty((size.batches, size.heads, size.q_len), dtype=torch.float32)
 
 
-def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The forward kernel and, where the keys are split, the merge. Allocates the partial results."""
+def partials_like(plan: Plan, size: Sizes, lse: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Storage for the results of each split, float32: [splits, *lse's shape, Dv] and [splits, *lse's shape]."""
+    if plan.splits == 1:
+        return None
+    shape = (plan.splits, *lse.shape)
+    return lse.new_empty((*shape, size.value_dim)), lse.new_empty(shape)
+
+
+def forward_launches(
+    plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, partials: tuple[Tensor, Tensor] | None
+) -> list[Launch]:
+    """The forward kernel and, where the keys are split, the merge of `partials_like`'s partial results."""
     size = sizes(plan, inputs)
     packed = plan.layout == "thd"
     tiles = size.query_tiles(plan.forward.m, packed, size.group)
@@ -60,12 +70,11 @@ def forward_launches(plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor) -> li
     arguments = common_arguments(plan, inputs, size) | {"sinks": inputs.sinks, "tiles": tiles, "partial_rows": rows}
     plain = not plan.softcap and inputs.bias is None and inputs.alibi_slopes is None
     constant = constants(plan, size, plan.forward) | {"FOLD": plain and plan.scale > 0}
-    if plan.splits == 1:
+    if partials is None:
         arguments |= {"out": strided(out, plan.layout), "lse": row_values(lse), "splits": 1}
         constant |= {"SPLITS": False}
         return [Launch(forward_kernel, grid, arguments, constant, options(plan.forward))]
-    partial = out.new_empty((plan.splits, *lse.shape, size.value_dim), dtype=torch.float32)
-    partial_lse = out.new_empty((plan.splits, *lse.shape), dtype=torch.float32)
+    partial, partial_lse = partials
     # Strides of one split's rows; the kernel steps from split to split itself.
     batch, (head, row) = (0 if packed else partial.stride(1)), partial.stride()[-3:-1]
     lse_batch, (lse_head, lse_row) = (0 if packed else partial_lse.stride(1)), partial_lse.stride()[-2:]

@@ -68,14 +68,14 @@ class TritonFp8(CrossCompiled):
 
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
-        from .operators import start
+        from . import ready
 
         plan, spec = make_plan(problem, config), problem.spec
         block_q = int(config.get("block_q", 64))
 
         def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
             def begin(launches: list[Launch]) -> None:
-                start(launches, q.device)
+                ready.once(launches, q.device)
 
             out, lse = attend(problem, plan, block_q, bind(problem, q, k, v, tensors), tensors, begin)
             return (out, lse) if spec.return_lse else out
@@ -150,7 +150,7 @@ def attend(
     problem: Problem, plan: Plan, block_q: int, inputs: Inputs, tensors: Mapping[str, Any], begin: Start
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call; `begin` starts launches, or collects them for a compiler."""
-    from .flash_launch import forward_launches
+    from .flash_launch import forward_launches, partials_like
 
     size = sizes(plan, inputs)
     q = inputs.q
@@ -167,7 +167,7 @@ def attend(
     else:
         inputs, descales = stored(problem, plan, inputs, tensors)
     # Padded columns of v are no columns of out: the kernel writes out's.
-    launches = forward_launches(plan, inputs, out, lse)
+    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, size, lse))
     begin(with_descales(launches, descales))
     return out, lse
 

@@ -26,10 +26,14 @@ class Launch:
     constants: Mapping[str, Any]
     options: Mapping[str, int]
 
-    def run(self) -> None:
-        """Start the kernel on the current stream; an empty grid is no launch."""
-        if self.grid > 0:
-            self.kernel()[(self.grid,)](**self.arguments, **self.constants, **self.options)
+    def run(self) -> Any:
+        """Start the kernel on the current stream; an empty grid is no launch.
+
+        Returns the compiled kernel, () for an empty grid, or None where kernels are interpreted.
+        """
+        if self.grid <= 0:
+            return ()
+        return self.kernel()[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Inputs:
     cu_seqlens_k: Tensor | None = None
     block_table: Tensor | None = None
     seed: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of the fields."""
+        return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Operators synchronise nothing and allocate only through torch, so they record in
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attnreg import transformable
 
-from .flash_launch import backward_launches, forward_launches, output_like
+from . import ready
+from .flash_launch import backward_launches, forward_launches, output_like, partials_like
 from .launch import Inputs, Launch, sizes
 from .plan import Plan, decode
 
@@ -56,17 +57,17 @@ def make_inputs(*tensors: Tensor | None) -> Inputs:
     return Inputs(**named)
 
 
-def start(launches: list[Launch], device: torch.device) -> None:
-    """Run launches in order on the tensors' device."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for launch in launches:
-            launch.run()
-
-
 def forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
-    out, lse = output_like(plan, inputs, sizes(plan, inputs))
-    start(forward_launches(plan, inputs, out, lse), inputs.q.device)
+    size = sizes(plan, inputs)
+    out, lse = output_like(plan, inputs, size)
+    partials = partials_like(plan, size, lse)
+
+    def make(tensors: Sequence[Any]) -> list[Launch]:
+        *given, out, lse, first, second = tensors
+        return forward_launches(plan, Inputs(*given), out, lse, None if first is None else (first, second))
+
+    ready.start(("forward", plan), inputs.tensors(), (out, lse, *(partials or (None, None))), make)
     return out, lse
 
 
@@ -93,7 +94,15 @@ def backward(
         assert inputs.bias is not None
         dbias = torch.empty_like(inputs.bias, memory_format=dense)
     delta = torch.zeros_like(lse)
-    start(backward_launches(plan, inputs, saved, (dout, dlse), delta, (dq, dkv, dbias)), inputs.q.device)
+
+    def make(tensors: Sequence[Any]) -> list[Launch]:
+        *given, out, lse, dout, dlse, delta, dq, dk, dv, dbias = tensors
+        dkv = None if dk is None else (dk, dv)
+        return backward_launches(plan, Inputs(*given), (out, lse), (dout, dlse), delta, (dq, dkv, dbias))
+
+    what = ("backward", plan, tuple(wanted))
+    made = (delta, dq, *(dkv or (None, None)), dbias)
+    ready.start(what, (*inputs.tensors(), *saved, dout, dlse), made, make)
     dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
     dk, dv = dkv or (None, None)
     found = (dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks)

@@ -17,7 +17,7 @@ from attnreg_eager.fp8 import hadamard, quantise
 from attnreg_eager.fp8_backend import EagerFp8
 from attnreg_triton.fp8 import TritonFp8
 from attnreg_triton.fp8_launch import Quantiser
-from attnreg_triton.operators import start
+from attnreg_triton.ready import once
 
 HARDWARE = detect("cpu")
 FP8 = TritonFp8()
@@ -67,7 +67,7 @@ def test_quantisation_is_the_emulation_bit_for_bit(compute: str, scaling: Any, r
     dtype = getattr(torch, compute)
     x = torch.randn(2, 4, 45, 24) * torch.exp(3 * torch.randn(2, 4, 45, 1))
     made, factor = Quantiser(dtype, scaling, 16, group=2, rotate=rotate)(
-        x, "bhsd", None, lambda launches: start(launches, x.device)
+        x, "bhsd", None, lambda launches: once(launches, x.device)
     )
     wide = hadamard(x) if rotate else x
     exact, descale = quantise(wide, dtype, scaling, 16, 2)
