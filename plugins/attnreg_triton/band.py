@@ -162,8 +162,8 @@ def key_range(mask, sequence, position, first, last, prefix, BLOCK: tl.constexpr
 
 
 @triton.jit
-def query_range(mask, sequence, keys, first, last, prefix, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Packed rows to visit for keys first..last, as `key_range` gives keys for queries."""
+def query_range(mask, sequence, keys, first, last, prefix, BLOCK: tl.constexpr):
+    """Rows to visit for keys first..last, as `key_range` gives keys for queries."""
     begin = 0
     end = sequence.q_len
     full_begin = 0
@@ -182,7 +182,7 @@ def query_range(mask, sequence, keys, first, last, prefix, GROUP: tl.constexpr, 
         full_end = 0
     if last >= sequence.kv_len:
         full_end = 0
-    return round_range(begin * GROUP, full_begin * GROUP, full_end * GROUP, end * GROUP, BLOCK)
+    return round_range(begin, full_begin, full_end, end, BLOCK)
 
 
 @triton.jit

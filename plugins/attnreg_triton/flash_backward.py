@@ -1,7 +1,7 @@
 """The flash backward kernels: delta, dq and dk/dv, without atomics, so that gradients repeat bit for bit.
 
-Weights are recomputed from lse. dq visits keys for a tile of packed query rows; dk and dv visit packed query rows for
-a tile of keys and so sum over the heads of a group. Algorithm: FlashAttention-2 (Dao, 2023), with
+Weights are recomputed from lse. dq visits keys for a tile of packed query rows; dk and dv visit the query rows of each
+head of a group for a tile of keys, and so sum over them. Algorithm: FlashAttention-2 (Dao, 2023), with
 `ds = w * (dp - delta)` and `delta = rowsum(o * do) - dlse`, which carries the gradient of lse too.
 """
 
@@ -17,6 +17,7 @@ from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_
 from .tile import (
     LOG2E,
     finish_scores,
+    head_pointers,
     head_products,
     keep_mask,
     key_pointers,
@@ -54,8 +55,13 @@ def delta_kernel(out, dout, dlse, delta, heads, q_len, DV: tl.constexpr, BLOCK_D
 
 @triton.jit
 def load_lse(lse, sequence, query, head, valid):
-    """lse of the rows in log2 units; +inf for an empty row, whose weights are then exp2(-inf) = 0."""
-    value = tl.load(row_pointers(lse, sequence, query, head), mask=valid, other=float("-inf"))
+    """lse of the rows in log2 units."""
+    return lse_in_log2(tl.load(row_pointers(lse, sequence, query, head), mask=valid, other=float("-inf")))
+
+
+@triton.jit
+def lse_in_log2(value):
+    """A natural lse in log2 units; +inf for an empty row, whose weights are then exp2(-inf) = 0."""
     return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
 
 
@@ -236,23 +242,27 @@ def visit_rows(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add `ds^T @ q` and `w^T @ do` of packed rows begin..end to dk and dv; keys are rows of the tile here.
+    """Add `ds^T @ q` and `w^T @ do` of rows begin..end of each head of a group to dk and dv; keys are rows of the tile
+    here. With a list of blocks, begin..end are its entries, GROUP is 1 and `kv_head` the query head.
 
-    With a list of blocks, begin..end are its entries, GROUP is 1 and `kv_head` the query head.
+    Head by head in one loop: the rows of a head lie a stride apart, so that their addresses cost little, and a loop
+    over heads around one over rows would keep more alive than there are registers.
     """
     STEP: tl.constexpr = BLOCK_M if mask.blocks is None else 1
-    for step in range(begin, end, STEP):
+    count = tl.maximum(end - begin + STEP - 1, 0) // STEP
+    for index in range(count * GROUP):
+        head, step = kv_head, begin + index * STEP
+        if GROUP > 1:
+            head, step = kv_head * GROUP + index // count, begin + index % count * STEP
         start = tile_start(mask, step, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
-        index = make_rows(sequence, kv_head, row, GROUP)
-        rows = make_rows(sequence, kv_head, row[None, :], GROUP)
-        q_tile, q_tail = load_head(
-            row_pointers(q, sequence, index.query, index.head), index.valid, D, BLOCK_D, TAIL, MASKED
-        )
-        do_rows = row_pointers(dout, sequence, index.query, index.head)
-        do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), index.valid, DV, BLOCK_DV, MASKED)
-        row_lse = load_lse(lse, sequence, index.query, index.head, index.valid)[None, :]
-        row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=index.valid, other=0.0)
+        rows = make_rows(sequence, head, row[None, :], 1)
+        valid = row < sequence.q_len
+        q_tile, q_tail = load_head(head_pointers(q, sequence, head, row, start), valid, D, BLOCK_D, TAIL, MASKED)
+        do_rows = head_pointers(dout, sequence, head, row, start)
+        do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), valid, DV, BLOCK_DV, MASKED)
+        row_lse = lse_in_log2(tl.load(head_pointers(lse, sequence, head, row, start), mask=valid, other=float("-inf")))
+        row_delta = tl.load(head_pointers(delta, sequence, head, row, start), mask=valid, other=0.0)
         products = head_products(k, k_tail, q_tile, q_tail, TAIL, PRECISION)
         scores, capped = finish_scores(products, score, sequence, rows, keys, False)
         dp = product(v, tl.trans(do), PRECISION)
@@ -262,7 +272,9 @@ def visit_rows(
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys)
-        weights, ds, _ = score_gradient(scores, capped, dp, row_lse, row_delta[None, :], allowed, keep, score, dropout)
+        weights, ds, _ = score_gradient(
+            scores, capped, dp, row_lse[None, :], row_delta[None, :], allowed, keep, score, dropout
+        )
         dv = multiply(narrow(weights, do.dtype), do, dv, PRECISION)
         ds = narrow(ds, q_tile.dtype)
         dk = multiply(ds, q_tile, dk, PRECISION)
@@ -324,9 +336,7 @@ def backward_kv_kernel(
     v_pointers = key_pointers(v, sequence, kv_head, keys, start, None)
     v_tile = load_matrix(v_pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, True)
     prefix = prefix_length(mask, sequence)
-    begin, full_begin, full_end, end = query_range(
-        mask, sequence, keys, start, start + BLOCK_N - 1, prefix, GROUP, BLOCK_M
-    )
+    begin, full_begin, full_end, end = query_range(mask, sequence, keys, start, start + BLOCK_N - 1, prefix, BLOCK_M)
     if start >= sequence.kv_len:
         end = begin
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

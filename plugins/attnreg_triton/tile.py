@@ -135,6 +135,14 @@ def row_pointers(tensor, sequence, query, head):
 
 
 @triton.jit
+def head_pointers(tensor, sequence, head, rows, start):
+    """Addresses of the query rows `rows` = start + 0, 1, ... of one head (q, do), or of their values (lse, delta)."""
+    first = sequence.batch.to(tl.int64) * tensor.batch + head.to(tl.int64) * tensor.head
+    first += (sequence.q_start + start).to(tl.int64) * tensor.row
+    return tensor.data + first + (rows - start) * tensor.row
+
+
+@triton.jit
 def tanh(x):
     """tanh to float32 accuracy: the exponential form loses digits near 0, where the odd series is exact."""
     square = x * x
