@@ -93,6 +93,7 @@ class LocalBench:
             seconds = min(seconds, self.clock.once(call))
             peak, _ = self._peak_and_seconds(call)
             leak = self._leak(call, seconds)
+            call, seconds = self.clock.recorded(call, seconds)
         except Exception as error:
             raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
         self._calls[candidate.key] = (call, seconds)

@@ -2,6 +2,9 @@
 
 Triton takes a named tuple as one argument and specialises its leaves one by one; a leaf that is None is a
 compile-time absence, so `if score.bias is not None` in a kernel costs nothing at run time.
+
+A tuple inside a tuple stands before a leaf that is always known to the compiler (None or 1): Triton before 3.7 looks at
+the types of a tuple's leaves anew only when it sets one that is known, and would keep those of an earlier look.
 """
 
 from __future__ import annotations
@@ -77,15 +80,15 @@ class Mask(NamedTuple):
     key of its document. Where `blocks` is given it says everything and the rest is None.
     """
 
-    left: Any
-    right: Any
-    prefix: Any
-    prefix_lengths: Any
-    document_first: Any
-    document_last: Any
-    document_stride: Any
-    document_size: Any
     blocks: Any = None
+    left: Any = None
+    right: Any = None
+    prefix: Any = None
+    prefix_lengths: Any = None
+    document_first: Any = None
+    document_last: Any = None
+    document_stride: Any = None
+    document_size: Any = None
 
 
 class Descale(NamedTuple):
@@ -101,7 +104,8 @@ class Descales(NamedTuple):
     """What stored 8-bit values stand for. `q` is by query head, `k` and `v` by KV head; q None: q is no 8-bit.
 
     `columns`: the stride between columns of a v whose keys lie next to each other; None: its columns do. `weights`:
-    the factor at which weights are rounded to v's dtype; None: v is widened to q's dtype instead.
+    the factor at which weights are rounded to v's dtype. `eight`: 1 where both products are made in 8 bits; None: k and
+    v are widened to q's dtype.
     """
 
     q: Any
@@ -109,22 +113,22 @@ class Descales(NamedTuple):
     v: Any
     columns: Any
     weights: Any
+    eight: Any
 
 
 class Score(NamedTuple):
     """`softcap(scale * q.k) + bias - slope * |position - key|`; q.k of what the stored values stand for.
 
-    `stored`: 1 where there are `descales`, else None; Triton before 3.7 cannot ask whether a tuple with absent leaves
-    is None.
+    `stored`: 1 where there are `descales`, else None.
     """
 
     scale: Any
     softcap: Any
+    descales: Any
     bias: Any
     alibi: Any
     alibi_batch: Any
-    stored: Any = None
-    descales: Any = None
+    stored: Any
 
 
 class Dropout(NamedTuple):

@@ -120,6 +120,8 @@ def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, ten
         named["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
     inputs = operators.make_inputs(*(named[name] for name in operators.FIELDS))
     size = sizes(plan, inputs)
+    if size.batches == 0:
+        return Call(plan, inputs, empty_layout(problem, plan.forward.m, plan.forward.n))
     packed = spec.layout == "thd"
     sq, skv = size.q_len, size.kv_len
     if packed:

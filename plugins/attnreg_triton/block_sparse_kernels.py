@@ -19,6 +19,7 @@ from .flash_bias import bias_tile
 from .flash_forward import attend
 from .tile import (
     LOG2E,
+    kernel,
     key_pointers,
     load_head,
     load_matrix,
@@ -43,7 +44,7 @@ def entries(blocks, batch, head, tile, limit, BLOCK: tl.constexpr):
     return begin, split, end
 
 
-@triton.jit
+@kernel
 def block_forward_kernel(
     q,
     k,
@@ -107,7 +108,7 @@ def block_forward_kernel(
     tl.store(row_pointers(lse, sequence, index.query, index.head), natural, mask=valid)
 
 
-@triton.jit
+@kernel
 def block_q_kernel(
     q,
     k,
@@ -174,7 +175,7 @@ def block_q_kernel(
         store_matrix(pointers, tl.arange(0, BLOCK_D), acc * score.scale, valid, D)
 
 
-@triton.jit
+@kernel
 def block_kv_kernel(
     q,
     k,
@@ -251,7 +252,7 @@ def block_kv_kernel(
     store_matrix(pointers, tl.arange(0, BLOCK_DV), dv_acc, valid, DV)
 
 
-@triton.jit
+@kernel
 def block_bias_kernel(
     q,
     k,

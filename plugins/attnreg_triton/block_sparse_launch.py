@@ -57,7 +57,7 @@ def _mask(layout: Layout, columns: bool) -> Mask:
         head_lines=lines if layout.n_heads > 1 else 0,
         row_bits=layout.block_q - 1,
     )
-    return Mask(None, None, None, None, None, None, None, None, held)
+    return Mask(blocks=held)
 
 
 def _shared(plan: Plan, inputs: Inputs, size: Sizes, layout: Layout, columns: bool = False) -> dict[str, Any]:

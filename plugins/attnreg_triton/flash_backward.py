@@ -20,6 +20,7 @@ from .tile import (
     head_pointers,
     head_products,
     keep_mask,
+    kernel,
     key_pointers,
     load_head,
     load_matrix,
@@ -32,7 +33,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@kernel
 def delta_kernel(out, dout, dlse, delta, heads, q_len, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
     """`delta = rowsum(out * dout) - dlse` of BLOCK_M rows of one head. Grid: row tiles x (batch x heads)."""
     tiles = (q_len + BLOCK_M - 1) // BLOCK_M
@@ -125,7 +126,7 @@ def visit_keys(
     return dq, dq_tail
 
 
-@triton.jit
+@kernel
 def backward_q_kernel(
     q,
     k,
@@ -285,7 +286,7 @@ def visit_rows(
     return dk, dk_tail, dv
 
 
-@triton.jit
+@kernel
 def backward_kv_kernel(
     q,
     k,

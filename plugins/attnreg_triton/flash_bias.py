@@ -18,6 +18,7 @@ from .tile import (
     finish_scores,
     head_products,
     keep_mask,
+    kernel,
     key_pointers,
     load_head,
     load_matrix,
@@ -83,7 +84,7 @@ def bias_tile(
     return gradient
 
 
-@triton.jit
+@kernel
 def bias_kernel(
     q,
     k,

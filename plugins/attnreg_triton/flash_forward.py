@@ -20,6 +20,7 @@ from .tile import (
     finish_scores,
     head_products,
     keep_mask,
+    kernel,
     key_pointers,
     load_head,
     load_matrix,
@@ -107,7 +108,7 @@ def split_range(begin, full_begin, full_end, end, split, splits, BLOCK: tl.const
     return first, full_begin, full_end, last
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q,
     k,

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from .tile import LN2, LOG2E, narrow
+from .tile import LN2, LOG2E, kernel, narrow
 
 
-@triton.jit
+@kernel
 def merge_kernel(
     partial,
     partial_lse,

@@ -184,7 +184,7 @@ def quantised(problem: Problem, plan: Plan, block_q: int, inputs: Inputs, begin:
     k, k_scale = by_key(inputs.k, plan.layout, used, begin)
     v, v_scale = replace(by_key, rotate=False)(inputs.v, plan.layout, used, begin, transpose=True)
     v = v[..., : size.value_dim]
-    return replace(inputs, q=q, k=k, v=v), Descales(q_scale, k_scale, v_scale, v.stride(-1), WEIGHTS[dtype])
+    return replace(inputs, q=q, k=k, v=v), Descales(q_scale, k_scale, v_scale, v.stride(-1), WEIGHTS[dtype], 1)
 
 
 def stored(problem: Problem, plan: Plan, inputs: Inputs, tensors: Mapping[str, Any]) -> tuple[Inputs, Descales]:
@@ -203,7 +203,7 @@ def stored(problem: Problem, plan: Plan, inputs: Inputs, tensors: Mapping[str, A
             inputs, columns = replace(inputs, v=v), v.stride(-1)
         else:
             inputs = replace(inputs, q=q.to(torch.bfloat16))
-    return inputs, Descales(q_scale, k_scale, v_scale, columns, weights)
+    return inputs, Descales(q_scale, k_scale, v_scale, columns, weights, None if weights is None else 1)
 
 
 def _longest(inputs: Inputs, keys: int, tensors: Mapping[str, Any]) -> int:

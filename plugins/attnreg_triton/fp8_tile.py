@@ -64,7 +64,7 @@ def add_stored_values(
         v = tl.trans(tl.load(tile, mask=inside[None, :] & (columns[:, None] < DV), other=0.0))
     else:
         v = load_matrix(pointers, columns, inside, DV, BLOCK_DV, True)
-    if descales.weights is not None:
+    if descales.eight is not None:
         share = product(narrow(weights * descales.weights, v.dtype), v, PRECISION)
         factor = key_scale(descales.v, sequence, kv_head, start)
         accumulator += share * (factor / descales.weights)

@@ -179,9 +179,11 @@ def common_arguments(plan: Plan, inputs: Inputs, size: Sizes) -> dict[str, Any]:
         "score": Score(
             scale=plan.scale,
             softcap=plan.softcap or None,
+            descales=None,
             bias=None if inputs.bias is None else bias_view(inputs.bias),
             alibi=alibi,
             alibi_batch=None if alibi is None else (_broadcast(alibi, 0) if alibi.dim() == 2 else 0),
+            stored=None,
         ),
         "dropout": None if inputs.seed is None else Dropout(inputs.seed, plan.dropout_p),
         "batches": size.batches,

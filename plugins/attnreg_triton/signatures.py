@@ -54,21 +54,24 @@ def compile_spec(launch: Launch) -> CompileSpec:
     constexprs: dict[Path, Any] = {}
     attrs: dict[Path, Any] = {}
     signature: dict[str, Any] = {}
-    for position, name in enumerate(fn.arg_names):
+    for position, parameter in enumerate(fn.params):
+        name, path = parameter.name, (position,)
         if name in launch.constants:
             signature[name] = "constexpr"
-            constexprs[(position,)] = launch.constants[name]
-        else:
-            signature[name] = _describe(launch.arguments[name], (position,), constexprs, attrs)
+            constexprs[path] = launch.constants[name]
+            continue
+        signature[name] = _describe(launch.arguments[name], path, constexprs, attrs, not parameter.do_not_specialize)
+        if parameter.do_not_specialize_on_alignment:
+            attrs = {where: what for where, what in attrs.items() if where[0] != position}
     return CompileSpec(fn.__name__, fn, signature, constexprs, attrs, dict(launch.options), launch.grid)
 
 
-def _describe(value: Any, path: Path, constexprs: dict[Path, Any], attrs: dict[Path, Any]) -> Any:
-    """Triton's type of an argument; notes its compile-time value or alignment under its path."""
+def _describe(value: Any, path: Path, constexprs: dict[Path, Any], attrs: dict[Path, Any], specialise: bool) -> Any:
+    """Triton's type of an argument; notes its compile-time value (None, and 1 to `specialise`) or alignment by path."""
     if isinstance(value, tuple):
-        leaves = [_describe(leaf, (*path, index), constexprs, attrs) for index, leaf in enumerate(value)]
+        leaves = [_describe(leaf, (*path, index), constexprs, attrs, specialise) for index, leaf in enumerate(value)]
         return type(value)(*leaves) if hasattr(value, "_fields") else tuple(leaves)
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (specialise and isinstance(value, int) and value == 1):
         constexprs[path] = value
         return "constexpr"
     if isinstance(value, Tensor):
