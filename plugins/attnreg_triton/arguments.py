@@ -32,19 +32,16 @@ class Bias(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Sequence sizes: dense sizes, or packed starts `cu_q`/`cu_k` [B + 1], and where the queries stand.
+    """What says where sequences begin and end: packed starts `cu_q`/`cu_k` [B + 1], None for dense sequences.
 
-    `kv_lengths` [B] cuts each sequence's keys; `query_offset` [B] is the position of the first query, otherwise
-    it is `kv_len - q_len` where `bottom_right` is 1 and 0 where it is 0.
+    `kv_lengths` [B] cuts each sequence's keys; `query_offset` [B] is the position of the first query, otherwise it is
+    `kv_len - q_len` where the kernel's argument `bottom_right` is 1 and 0 where it is 0.
     """
 
-    q_len: Any
-    kv_len: Any
     cu_q: Any
     cu_k: Any
     kv_lengths: Any
     query_offset: Any
-    bottom_right: Any
 
 
 class Pages(NamedTuple):

@@ -19,15 +19,13 @@ FAR = tl.constexpr(FAR_POSITION)
 
 
 @triton.jit
-def load_sequence(lengths, batch):
-    """Sizes and positions of sequence `batch`."""
+def load_sequence(lengths, q_len, kv_len, bottom_right, batch):
+    """Sizes and positions of sequence `batch`; `q_len`, `kv_len`: of dense sequences."""
     q_start = 0
-    q_len = lengths.q_len
     if lengths.cu_q is not None:
         q_start = tl.load(lengths.cu_q + batch).to(tl.int32)
         q_len = tl.load(lengths.cu_q + batch + 1).to(tl.int32) - q_start
     kv_start = 0
-    kv_len = lengths.kv_len
     if lengths.cu_k is not None:
         kv_start = tl.load(lengths.cu_k + batch).to(tl.int32)
         kv_len = tl.load(lengths.cu_k + batch + 1).to(tl.int32) - kv_start
@@ -37,7 +35,7 @@ def load_sequence(lengths, batch):
         # Keys and windows end at FAR / 2, so a farther offset means the same.
         offset = tl.minimum(tl.maximum(tl.load(lengths.query_offset + batch), -FAR), FAR).to(tl.int32)
     else:
-        offset = (kv_len - q_len) * lengths.bottom_right
+        offset = (kv_len - q_len) * bottom_right
     return Sequence(batch, q_start, q_len, kv_start, kv_len, offset)
 
 

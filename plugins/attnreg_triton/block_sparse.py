@@ -41,7 +41,7 @@ class TritonBlockSparse(CrossCompiled):
     """
 
     name = "triton_block_sparse"
-    version = "1"
+    version = "2"
     sparse = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:

@@ -52,6 +52,9 @@ def block_forward_kernel(
     out,
     lse,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     pages,
     mask,
     score,
@@ -75,7 +78,7 @@ def block_forward_kernel(
     head = program % heads
     tile = tiles - 1 - program // heads % tiles
     batch = program // heads // tiles
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     if tile * BLOCK_M >= sequence.q_len:
         return
 
@@ -118,6 +121,9 @@ def block_q_kernel(
     delta,
     dq,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     mask,
     score,
     dropout,
@@ -138,7 +144,7 @@ def block_q_kernel(
     head = program % heads
     tile = tiles - 1 - program // heads % tiles
     batch = program // heads // tiles
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     if tile * BLOCK_M >= sequence.q_len:
         return
 
@@ -186,6 +192,9 @@ def block_kv_kernel(
     dk,
     dv,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     mask,
     score,
     dropout,
@@ -206,10 +215,10 @@ def block_kv_kernel(
     kv_head = program % num_kv_heads
     tile = program // num_kv_heads % tiles
     batch = program // num_kv_heads // tiles
-    limit = lengths.kv_len
+    limit = kv_len
     if lengths.cu_k is not None:
         limit = tl.load(lengths.cu_k + batch + 1).to(tl.int32) - tl.load(lengths.cu_k + batch).to(tl.int32)
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     start = tile * BLOCK_N
     if start >= limit:
         return
@@ -262,6 +271,9 @@ def block_bias_kernel(
     delta,
     dbias,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     mask,
     score,
     dropout,
@@ -282,7 +294,7 @@ def block_bias_kernel(
     head = program % heads
     tile = program // heads % tiles
     batch = program // heads // tiles
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     if tile * BLOCK_M >= sequence.q_len:
         return
     blocks = mask.blocks

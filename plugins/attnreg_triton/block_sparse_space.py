@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from attnreg import Hardware, Problem, SearchSpace
 
 from .flash_seeds import Family, Width, exact_products, family, product_precisions, width
-from .flash_space import REGISTERS, accumulator_registers, shared_bytes
+from .flash_space import Config, Constraint, tile_rules
 from .launch import next_power_of_two
 from .plan import ConfigValue, Tile
 
-Config = Mapping[str, ConfigValue]
 KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}
 
 
@@ -103,7 +102,7 @@ def space(problem: Problem, hardware: Hardware) -> SearchSpace:
         choices["precision"] = product_precisions(hardware)
     if hardware.kind == "hip":
         choices["waves_per_eu"] = (0, 1, 2, 3)
-    constraints = [rule for kernel in kernels for rule in _constraints(kernel, problem, hardware)]
+    constraints = [rule for kernel in kernels for rule in _rules(kernel, problem, hardware)]
     seeds: list[dict[str, ConfigValue]] = []
     for blocks in seed_blocks(problem, hardware):
         seed: dict[str, ConfigValue] = {name: values[0] for name, values in choices.items()}
@@ -123,20 +122,6 @@ def space(problem: Problem, hardware: Hardware) -> SearchSpace:
     return SearchSpace(choices=choices, default=seeds[0], constraints=constraints, seeds=seeds)
 
 
-def _constraints(kernel: str, problem: Problem, hardware: Hardware) -> list[tuple[str, Callable[[Config], bool]]]:
-    """What drops a tile that cannot fit: the flash kernels' rules, for the same inner step."""
-    if problem.device == "cpu":
-        return []
-    warp, limit = hardware.warp_size or 32, hardware.shared_memory
-    registers = REGISTERS if hardware.kind == "cuda" else 2 * REGISTERS
-
-    def fits_registers(config: Config) -> bool:
-        return accumulator_registers(kernel, problem, read_tile(config, kernel), warp) <= registers
-
-    def fits_shared(config: Config) -> bool:
-        return not limit or shared_bytes(kernel, problem, read_tile(config, kernel)) <= limit
-
-    return [
-        (f"{kernel}: accumulators and scores take at most {registers} registers a thread", fits_registers),
-        (f"{kernel}: tiles and stages fit {limit} bytes of shared memory", fits_shared),
-    ]
+def _rules(kernel: str, problem: Problem, hardware: Hardware) -> list[Constraint]:
+    """What drops a tile: the flash kernels' rules, for the same inner step."""
+    return tile_rules(kernel, problem, hardware, lambda config: read_tile(config, kernel))

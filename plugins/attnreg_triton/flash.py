@@ -18,7 +18,7 @@ from .plan import MAX_KEYS, ConfigValue, Plan
 from .signatures import CompileSpec
 from .support import MAX_HEAD_DIM, flash_reasons, head_dim_reasons, machine_reasons
 
-VERSION = "1"
+VERSION = "2"
 MAX_DECODE_QUERIES = 64
 MAX_DECODE_HEAD_DIM = 576
 Config = Mapping[str, ConfigValue]

@@ -136,6 +136,9 @@ def backward_q_kernel(
     delta,
     dq,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     pages,
     mask,
     score,
@@ -163,7 +166,7 @@ def backward_q_kernel(
         batch, tile = find_tile(lengths.cu_q, tile, batches, GROUP, BLOCK_M)
     else:
         batch = program // num_kv_heads
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     if tile * BLOCK_M >= sequence.q_len * GROUP:
         return
 
@@ -251,10 +254,11 @@ def visit_rows(
     """
     STEP: tl.constexpr = BLOCK_M if mask.blocks is None else 1
     count = tl.maximum(end - begin + STEP - 1, 0) // STEP
+    per_head = tl.maximum(count, 1)  # a pipeline loads ahead, and must not divide by 0 where there is nothing to visit
     for index in range(count * GROUP):
         head, step = kv_head, begin + index * STEP
         if GROUP > 1:
-            head, step = kv_head * GROUP + index // count, begin + index % count * STEP
+            head, step = kv_head * GROUP + index // per_head, begin + index % per_head * STEP
         start = tile_start(mask, step, BLOCK_M)
         row = start + tl.arange(0, BLOCK_M)
         rows = make_rows(sequence, head, row[None, :], 1)
@@ -297,6 +301,9 @@ def backward_kv_kernel(
     dk,
     dv,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     pages,
     mask,
     score,
@@ -320,13 +327,13 @@ def backward_kv_kernel(
     tile = program % tiles
     program = program // tiles
     kv_head = program % num_kv_heads
-    limit = lengths.kv_len
+    limit = kv_len
     if lengths.cu_k is not None:
         batch, tile = find_tile(lengths.cu_k, tile, batches, 1, BLOCK_N)
         limit = tl.load(lengths.cu_k + batch + 1).to(tl.int32) - tl.load(lengths.cu_k + batch).to(tl.int32)
     else:
         batch = program // num_kv_heads
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     start = tile * BLOCK_N
     if start >= limit:
         return

@@ -94,6 +94,9 @@ def bias_kernel(
     delta,
     dbias,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     pages,
     mask,
     score,
@@ -130,7 +133,7 @@ def bias_kernel(
     bias_batch = program // bias_heads
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for batch in range(bias_batch, bias_batch + sum_batches):
-        sequence = load_sequence(lengths, bias_batch * 0 + batch)
+        sequence = load_sequence(lengths, q_len, kv_len, bottom_right, bias_batch * 0 + batch)
         last_m = (tile_m + 1) * BLOCK_M
         last_n = (tile_n + 1) * BLOCK_N
         if SUM_ROWS:

@@ -116,6 +116,9 @@ def forward_kernel(
     out,
     lse,
     lengths,
+    q_len,
+    kv_len,
+    bottom_right,
     pages,
     mask,
     score,
@@ -152,7 +155,7 @@ def forward_kernel(
         batch, tile = find_tile(lengths.cu_q, tile, batches, GROUP, BLOCK_M)
     else:
         batch = program // num_kv_heads
-    sequence = load_sequence(lengths, batch)
+    sequence = load_sequence(lengths, q_len, kv_len, bottom_right, batch)
     if tile * BLOCK_M >= sequence.q_len * GROUP:
         return
 

@@ -84,8 +84,26 @@ def accumulator_registers(kernel: str, problem: Problem, tile: Tile, warp_size: 
     return total / (tile.warps * warp_size)
 
 
-def _constraints(kernel: str, prefix: str, problem: Problem, hardware: Hardware) -> list[Constraint]:
-    """What drops a tile that cannot fit; both rules are generous, the compiler has the last word."""
+def miscompiled(kernel: str, problem: Problem, tile: Tile, precision: str) -> bool:
+    """Does Triton's compiler make a wrong kernel of a float32 tile for Hopper?
+
+    Seen on an H200 with Triton 3.6: products in TF32 parts of 64 x 16, made by 8 warps, load operands from behind their
+    shared memory (compute-sanitizer), which ends in wrong sums or an illegal access. 4 warps, 32 columns, 32 rows,
+    half precision and exact products were right.
+    """
+    if not precision.startswith("tf32") or tile.warps < 8:
+        return False
+    value = max(16, next_power_of_two(problem.head_dim_v))
+    narrowest = min(*head_blocks(problem.head_dim)) or head_blocks(problem.head_dim)[0]
+    rows, columns = (tile.n, tile.m) if kernel == "dkv" else (tile.m, tile.n)
+    return rows >= 64 and min(columns, value, narrowest) <= 16
+
+
+def tile_rules(kernel: str, problem: Problem, hardware: Hardware, read: Callable[[Config], Tile]) -> list[Constraint]:
+    """What drops a kernel's tile, which `read` reads off a configuration: one that is compiled wrongly or cannot fit.
+
+    The rules of size are generous; the compiler has the last word.
+    """
     if problem.device == "cpu":
         return []
     warp = hardware.warp_size or 32
@@ -93,17 +111,27 @@ def _constraints(kernel: str, prefix: str, problem: Problem, hardware: Hardware)
     registers = REGISTERS if hardware.kind == "cuda" else 2 * REGISTERS
 
     def fits_registers(config: Config) -> bool:
-        return accumulator_registers(kernel, problem, read_tile(config, prefix), warp) <= registers
+        return accumulator_registers(kernel, problem, read(config), warp) <= registers
 
     def fits_shared(config: Config) -> bool:
-        return shared_bytes(kernel, problem, read_tile(config, prefix)) <= limit
+        return shared_bytes(kernel, problem, read(config)) <= limit
+
+    def compiles_right(config: Config) -> bool:
+        return not miscompiled(kernel, problem, read(config), str(config.get("precision", "")))
 
     out: list[Constraint] = [
         (f"{kernel}: accumulators and scores take at most {registers} registers a thread", fits_registers)
     ]
+    if hardware.arch.startswith("sm_9") and problem.dtype == "float32":
+        text = "no TF32 product of 64 rows or more and 16 columns is shared by 8 warps or more: it reads astray"
+        out.append((f"{kernel}: {text}", compiles_right))
     if limit:
         out.append((f"{kernel}: tiles and stages fit {limit} bytes of shared memory", fits_shared))
     return out
+
+
+def _constraints(kernel: str, prefix: str, problem: Problem, hardware: Hardware) -> list[Constraint]:
+    return tile_rules(kernel, problem, hardware, lambda config: read_tile(config, prefix))
 
 
 def _extra_choices(problem: Problem, hardware: Hardware) -> dict[str, Sequence[ConfigValue]]:

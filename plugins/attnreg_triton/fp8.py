@@ -34,7 +34,7 @@ class TritonFp8(CrossCompiled):
     """
 
     name = "triton_fp8"
-    version = "2"
+    version = "3"
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""

@@ -157,14 +157,14 @@ def common_arguments(plan: Plan, inputs: Inputs, size: Sizes) -> dict[str, Any]:
         "k": strided(inputs.k, kv_layout),
         "v": strided(inputs.v, kv_layout),
         "lengths": Lengths(
-            q_len=size.q_len,
-            kv_len=size.kv_len,
             cu_q=inputs.cu_seqlens_q if packed else None,
             cu_k=inputs.cu_seqlens_k if packed and plan.page_size is None else None,
             kv_lengths=inputs.kv_lengths,
             query_offset=inputs.query_offset,
-            bottom_right=int(plan.align == "bottom_right"),
         ),
+        "q_len": size.q_len,
+        "kv_len": size.kv_len,
+        "bottom_right": int(plan.align == "bottom_right"),
         "pages": None if table is None else Pages(table, table.stride(0), plan.page_size),
         "mask": Mask(
             left=plan.left,
