@@ -51,6 +51,7 @@ class Recorded:
 
     def __init__(self, call: Thunk, count: int) -> None:
         self.count = count
+        self._call = call  # a graph reads where the call's tensors lie: they must stay, whoever else forgets the call
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types
         aside.wait_stream(here)
         with torch.cuda.stream(aside):  # what a first call on a stream sets up is no part of the recording

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnreg import AttentionSpec, Problem, masks, sparsity
+from attnreg.hardware import detect
+from attnreg.measure.timing import Clock
 from attnreg.suites import attention_problem
 from attnreg.testing import Inputs
 
@@ -24,6 +25,7 @@ WINDOW = CAUSAL & masks.SlidingWindow(1023)
 SHAPES: dict[str, tuple[AttentionSpec, tuple[int, int], int, int, int, int]] = {
     "llama-3 8B prefill": (AttentionSpec(mask=CAUSAL), (32, 8), 4096, 4096, 128, 1),
     "llama-3 8B decode": (AttentionSpec(mask=CAUSAL), (32, 8), 1, 8192, 128, 8),
+    "llama-3 8B decode alone": (AttentionSpec(mask=CAUSAL), (32, 8), 1, 8192, 128, 1),
     "gemma-2 9B window": (AttentionSpec(mask=WINDOW, softcap=50.0), (16, 8), 4096, 4096, 256, 1),
     "BERT-base": (AttentionSpec(), (12, 12), 512, 512, 64, 16),
     "BigBird": (AttentionSpec(sparsity=sparsity.BigBird(64)), (16, 16), 8192, 8192, 64, 1),
@@ -98,28 +100,23 @@ def flex(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Run:
     return lambda: call(q, k, v, score_mod=scored, block_mask=mask, enable_gqa=problem.group > 1)
 
 
-def race(runs: dict[str, Run], device: str, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of each, in interleaved rounds."""
-    for run in runs.values():
-        for _ in range(3):
-            run()
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+def with_backward(run: Run, inputs: Inputs) -> Run:
+    """The run and its gradients by q, k and v, for an output gradient drawn once."""
+    leaves = (inputs.q, inputs.k, inputs.v)
+    weights = torch.randn_like(run())
+    return lambda: torch.autograd.grad(run(), leaves, weights)
+
+
+def race(runs: dict[str, Run], device: str, rounds: int = 15) -> dict[str, tuple[float, float]]:
+    """Median milliseconds of each in interleaved rounds: on the device alone, inside a CUDA graph, and as called."""
+    clock = Clock(detect(device), "warm", 2e-3)
+    rough = {name: min(clock.once(run) for _ in range(4)) for name, run in runs.items()}
+    graphs = {name: clock.recorded(run, rough[name]) for name, run in runs.items()}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            samples[name].append(_timed(run, device))
-    return {name: statistics.median(one) for name, one in samples.items()}
-
-
-def _timed(run: Run, device: str) -> float:
-    """Milliseconds of one call, by the device's own clock."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+            samples[name].append((clock.sample(*graphs[name]), clock.sample(run, rough[name])))
+    return {
+        name: (statistics.median(x[0] for x in taken) * 1e3, statistics.median(x[1] for x in taken) * 1e3)
+        for name, taken in samples.items()
+    }

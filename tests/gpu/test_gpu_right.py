@@ -1,7 +1,7 @@
 """On a GPU: the Triton backends at real sizes against the oracle, in CUDA graphs and under torch.compile.
 
-Written and collected where there was no GPU: these have not run. tests/triton runs the same kernels interpreted, and
-test_rehearsal.py this module's own code.
+They ran on an H200 (docs/gpu.md). tests/triton runs the same kernels interpreted, and test_rehearsal.py this module's
+own code.
 """
 
 from __future__ import annotations

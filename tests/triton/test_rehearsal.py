@@ -32,5 +32,9 @@ def test_every_shape_has_a_peer_that_means_the_same(name: str) -> None:
         assert ratios(name, "cpu", scale=32, rounds=2)
 
 
+def test_training_has_peers_too() -> None:
+    assert ratios("llama-3 8B prefill", "cpu", scale=64, rounds=2, grad=True)
+
+
 def test_compiled_like_called() -> None:
     compiled_like_called("cpu", 17)
