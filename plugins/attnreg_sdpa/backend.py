@@ -73,7 +73,8 @@ class Sdpa:
             # kernels read grouped keys once by themselves, and split them: decoding one sequence of 8K keys took
             # 98 us packed and 11 us grouped on an H200.
             few = _form(problem) == "none" or problem.sq <= 16
-            default["grouping"] = "pack" if may_pack and few and problem.device == "cpu" else "enable_gqa"
+            fused = problem.device != "cpu" and max(problem.head_dim_k, problem.head_dim_v) <= 256
+            default["grouping"] = "pack" if may_pack and few and not fused else "enable_gqa"
         if problem.device == "cpu" and problem.dtype in HALF and problem.kv_dtype == problem.dtype:
             choices["upcast"] = (True, False)
             # Converting k and v pays off only where they are used often.
@@ -96,6 +97,11 @@ class Sdpa:
         if form == "mask" or problem.spec.bias or problem.spec.alibi:
             moved += problem.sq * problem.skv * size * _mask_copies(problem)
             call += 20e-6
+            if problem.device != "cpu" and problem.needs_grad:
+                flop_rate /= 2.5  # torch's efficient kernel, which is all that serves there
+        if problem.device != "cpu" and max(problem.head_dim_k, problem.head_dim_v) > 256:
+            # Only the math path takes such heads: decoding latent ones took 80 ms on an H200 that others do in 0.3.
+            flop_rate, moved = flop_rate / 200, moved + 4 * pairs * size
         passes = 3.5 if problem.needs_grad else 1.0
         return call + passes * (flops / flop_rate + moved / bandwidth)
 
@@ -116,6 +122,10 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
         # Dropout and a gradient of the mask exist in torch's math path only, which "auto" then takes.
         return ("auto",) if spec.dropout_p or "bias" in problem.grads else ("auto", "flash", "math")
     half = problem.dtype in HALF and problem.kv_dtype == problem.dtype
+    if half and masked and problem.needs_grad:
+        # Where torch chooses, gradients beside a dense mask came out NaN on an H200 (torch 2.11): all of dq at 448 and
+        # 4,032 rows of bfloat16 with low scores.
+        return ("efficient", "math")
     out = ["auto"]
     if half and not masked and problem.head_dim_k == problem.head_dim_v <= 256:
         out.append("flash")
@@ -157,12 +167,13 @@ def _rates(problem: Problem, hardware: Hardware) -> tuple[float, float, float]:
     """Flops a second, bytes a second and seconds a call that SDPA reaches.
 
     CPU: about 57 GFLOP/s a core with 256-bit vectors and twice that with 512 (measured: 113 GFLOP/s on two cores
-    of an AVX2 machine); a dozen bytes a nanosecond a core. GPU: half of what tensor cores promise.
+    of an AVX2 machine); a dozen bytes a nanosecond a core. GPU: half of what tensor cores promise
+    (an H200: 535 TFLOP/s causal, 609 full, heads of 128).
     """
     if hardware.kind == "cpu":
         wide = 2.0 if hardware.arch in ("avx512", "amx") else 1.0 if hardware.arch == "avx2" else 0.5
         cores = min(hardware.cores, max(1, problem.batch * problem.q_heads * -(-problem.sq // 32)))
         return 57e9 * wide * cores, hardware.bandwidth or 15e9 * min(cores, 8), 5e-6
     half = problem.dtype in HALF
-    per_unit = {"sm_80": 1.4e12, "sm_90": 3.5e12, "sm_100": 7e12}.get(hardware.arch, 1e12)
+    per_unit = {"sm_80": 1.4e12, "sm_90": 4e12, "sm_100": 7e12}.get(hardware.arch, 1e12)
     return (per_unit if half else per_unit / 8) * hardware.cores, hardware.bandwidth or 1e12, 15e-6

@@ -15,7 +15,7 @@ from typing import Any
 
 from attnreg import Hardware, Problem, StaticReport, targets
 
-from . import static_model
+from . import estimate, static_model
 from .plan import ConfigValue, Plan
 from .signatures import CompileSpec
 from .support import interpreted
@@ -108,10 +108,16 @@ def occupancy(binary: Binary, warps: int, hardware: Hardware) -> int:
 
 
 class CrossCompiled:
-    """What the backends share: `cross_compile` and `foresee`, from their own plans and compiler input."""
+    """What the backends share: an estimate, and cross-compiling and foresight from their own plans."""
 
     sparse = False
     """Do its kernels walk lists of blocks, one query head each?"""
+    splits = False
+    """Are the keys of a sequence cut over several programs?"""
+
+    def estimate(self, problem: Problem, hardware: Hardware) -> float:
+        """Seconds of a call, roughly: see `attnreg_triton.estimate`."""
+        return estimate.seconds(problem, hardware, self.sparse, self.splits)
 
     def plan(self, problem: Problem, config: Mapping[str, ConfigValue]) -> Plan:
         """The plan of a problem, cut as the configuration says."""

@@ -127,6 +127,7 @@ class TritonDecode(CrossCompiled):
 
     name = "triton_decode"
     version = VERSION
+    splits = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
