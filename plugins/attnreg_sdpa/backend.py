@@ -75,6 +75,8 @@ class Sdpa:
             few = _form(problem) == "none" or problem.sq <= 16
             fused = problem.device != "cpu" and max(problem.head_dim_k, problem.head_dim_v) <= 256
             default["grouping"] = "pack" if may_pack and few and not fused else "enable_gqa"
+            if problem.device != "cpu" and choices["kernel"][0] == "efficient":
+                default["grouping"] = "expand"
         if problem.device == "cpu" and problem.dtype in HALF and problem.kv_dtype == problem.dtype:
             choices["upcast"] = (True, False)
             # Converting k and v pays off only where they are used often.
