@@ -39,13 +39,13 @@ FORWARD: dict[Width, tuple[Seed, ...]] = {
 """Half precision without gradients, best guess first."""
 TRAINING: dict[tuple[Family, Width], Seed] = {
     ("ampere", "narrow"): _alike(64, 32, 4, 2),
-    ("ada", "narrow"): _alike(64, 64, 4, 2),
-    ("hopper", "narrow"): _alike(64, 64, 4, 2),
+    ("ada", "narrow"): _alike(64, 32, 4, 2),
+    ("hopper", "narrow"): Seed(64, 64, (4, 2), (4, 2), (8, 2)),
     ("blackwell", "narrow"): _alike(64, 64, 8, 1),
     ("cdna", "narrow"): Seed(64, 64, (4, 2), (4, 2), (4, 1)),
     ("ampere", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
     ("ada", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
-    ("hopper", "medium"): _alike(64, 32, 4, 2),
+    ("hopper", "medium"): Seed(64, 32, (4, 2), (4, 2), (8, 2)),
     ("blackwell", "medium"): Seed(64, 64, (4, 2), (8, 2), (8, 2)),
     ("cdna", "medium"): Seed(32, 32, (4, 2), (4, 2), (4, 1)),
     ("ampere", "wide"): _alike(32, 32, 8, 2),

@@ -2,8 +2,8 @@
 
 Forward seeds for heads of 128 on sm_80, sm_90 and sm_100 follow the tuned choices that the Triton and FlexAttention
 projects publish (A100: 128, 64, 8 warps, 3 stages; H100: that, and 128, 128 in float16; B200: 128, 64, 8, 2). Hopper's
-first ones for heads of 64 and 128 and for latent heads were the fastest of those tried on an H200 that spill nothing
-(2026-11). The others are the largest tiles that cross-compiled for the architecture without a spilled register.
+first ones for heads of 64 and 128 were the fastest of those tried on an H200 that spill nothing (2026-11). The others
+are the largest tiles that cross-compiled for the architecture without a spilled register.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HALF: dict[tuple[Family, Width], Seeds] = {
     ("ada", "narrow"): Seeds(
         ((128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
         ((128, 64, 8, 2), (64, 64, 4, 2)),
-        ((32, 128, 8, 2), (64, 64, 4, 2)),
+        ((32, 128, 8, 2), (32, 64, 4, 2)),
     ),
     ("ada", "medium"): Seeds(
         ((128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 8, 2)),
@@ -94,13 +94,19 @@ EIGHT: dict[Width, tuple[TileTuple, ...]] = {
     "latent": ((32, 32, 8, 2),),
 }
 """8-bit products on NVIDIA parts hold factors beside the accumulators: smaller tiles than in half precision."""
+HOPPER_EIGHT: dict[Width, tuple[TileTuple, ...]] = {
+    **EIGHT,
+    "medium": ((128, 32, 8, 2), (64, 32, 8, 2)),
+    "wide": ((32, 32, 8, 2),),
+}
 DECODE: dict[Width, tuple[TileTuple, ...]] = {
     "narrow": ((16, 64, 4, 3), (16, 128, 4, 3), (16, 64, 4, 2)),
     "medium": ((16, 64, 4, 3), (16, 64, 4, 2), (16, 32, 4, 3)),
     "wide": ((16, 32, 4, 3), (16, 32, 4, 2)),
     "latent": ((32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
 }
-HOPPER_LATENT: tuple[TileTuple, ...] = ((64, 32, 8, 2), (32, 32, 4, 2), (16, 32, 8, 2), (64, 32, 8, 1))
+ADA_DECODE: tuple[TileTuple, ...] = ((16, 64, 4, 2), (16, 32, 4, 3))
+"""Heads of 128: a third stage spills there where the cache is paged."""
 
 
 def family(hardware: Hardware) -> Family:
@@ -138,7 +144,7 @@ def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
     if problem.dtype == "float32":
         return _single(problem, group, size)
     if problem.spec.dtype.compute.startswith("float8") and group not in ("cdna", "rdna"):
-        return HALF[group, size]._replace(forward=EIGHT[size])
+        return HALF[group, size]._replace(forward=(HOPPER_EIGHT if group == "hopper" else EIGHT)[size])
     best = HALF[group, size]
     if not _busy(problem) or size == "wide" or group == "rdna":
         return best
@@ -188,7 +194,7 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
         stages = 2 if group == "cdna" else 4
         if size == "latent" and group in ("cdna", "rdna"):
             return ((16, 16, 4, 2),)
-        tiles = HOPPER_LATENT if (group, size) == ("hopper", "latent") else DECODE[size]
+        tiles = ADA_DECODE if (group, size) == ("ada", "medium") else DECODE[size]
         return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in tiles)
     return _seeds(problem, group, size).forward
 
