@@ -13,7 +13,7 @@ from attnreg.backend import Prepared
 from attnreg.hardware import Hardware
 from attnreg.testing import Inputs
 
-__all__ = ["Clock", "Recorded", "bind"]
+__all__ = ["Clock", "bind"]
 
 Thunk = Callable[[], Any]
 # Above this a warm-up call before each sample costs more than a cache that is not yet warm.

@@ -73,8 +73,8 @@ class Sdpa:
             # kernels read grouped keys once by themselves, and split them: decoding one sequence of 8K keys took
             # 98 us packed and 11 us grouped on an H200.
             few = _form(problem) == "none" or problem.sq <= 16
-            fused = problem.device != "cpu" and max(problem.head_dim_k, problem.head_dim_v) <= 256
-            default["grouping"] = "pack" if may_pack and few and not fused else "enable_gqa"
+            packs = may_pack and few and (problem.device == "cpu" or _math_alone(problem))
+            default["grouping"] = "pack" if packs else "enable_gqa"
             if problem.device != "cpu" and choices["kernel"][0] == "efficient":
                 default["grouping"] = "expand"
         if problem.device == "cpu" and problem.dtype in HALF and problem.kv_dtype == problem.dtype:
@@ -101,8 +101,8 @@ class Sdpa:
             call += 20e-6
             if problem.device != "cpu" and problem.needs_grad:
                 flop_rate /= 2.5  # torch's efficient kernel, which is all that serves there
-        if problem.device != "cpu" and max(problem.head_dim_k, problem.head_dim_v) > 256:
-            # Only the math path takes such heads: decoding latent ones took 80 ms on an H200 that others do in 0.3.
+        if problem.device != "cpu" and _math_alone(problem):
+            # Decoding latent heads took 80 ms on an H200 that others do in 0.3.
             flop_rate, moved = flop_rate / 200, moved + 4 * pairs * size
         passes = 3.5 if problem.needs_grad else 1.0
         return call + passes * (flops / flop_rate + moved / bandwidth)
@@ -135,6 +135,11 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
     if half and "bias" not in problem.grads and max(problem.head_dim_k, problem.head_dim_v) <= 128:
         out.append("cudnn")
     return (*out, "math")
+
+
+def _math_alone(problem: Problem) -> bool:
+    """On a GPU: are the heads too wide for all but torch's math path?"""
+    return max(problem.head_dim_k, problem.head_dim_v) > 256
 
 
 def _mask_copies(problem: Problem) -> int:

@@ -94,9 +94,9 @@ def miscompiled(kernel: str, problem: Problem, tile: Tile, precision: str) -> bo
     if not precision.startswith("tf32") or tile.warps < 8:
         return False
     value = max(16, next_power_of_two(problem.head_dim_v))
-    narrowest = min(*head_blocks(problem.head_dim)) or head_blocks(problem.head_dim)[0]
+    block, tail = head_blocks(problem.head_dim)
     rows, columns = (tile.n, tile.m) if kernel == "dkv" else (tile.m, tile.n)
-    return rows >= 64 and min(columns, value, narrowest) <= 16
+    return rows >= 64 and min(columns, value, tail or block) <= 16
 
 
 def tile_rules(kernel: str, problem: Problem, hardware: Hardware, read: Callable[[Config], Tile]) -> list[Constraint]:
