@@ -13,6 +13,7 @@ from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import Conjunction, read_conjunction
 from attnreg_cpu.gradient import Differentiable
 from attnreg_cpu.sparse import Layouts, needs_layout
+from attnreg_cpu.tuning_space import PACKS
 from attnreg_cpu.variant import ELEMENTS, Kernel, Variant, check_status
 
 MAX_HEAD_DIM = 1024  # the kernels unroll nothing over it; beyond, a tile would leave the caches
@@ -26,7 +27,7 @@ def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | b
         # The layout says which pairs attend; the positions that ALiBi counts from are the sequence's.
         mask = Conjunction()
         layouts = Layouts(problem, int(config["layout_q"]), int(config["layout_kv"]))
-    settings = {name: int(config[name]) for name in ("block_kv", "tiles", "pack")}
+    settings = {name: int(config[name]) for name in ("block_kv", "tiles")} | {"pack": PACKS.index(str(config["pack"]))}
     # Scratch memory is as long as a run, and a run holds at least a block of the layout.
     settings["block_kv"] = max(settings["block_kv"], int(config.get("layout_kv", 0)))
     arguments = Arguments(problem, mask, settings)

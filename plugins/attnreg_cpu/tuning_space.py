@@ -12,6 +12,7 @@ L2_FALLBACK = 512 * 1024
 LANES = {"amx": 16, "avx512": 16, "avx2": 8}
 REGISTERS = {"avx2": 16, "x86_64": 16}
 VECTORS = (1, 2, 3, 4)
+PACKS = ("none", "values", "all")  # in the order of the kernels' numbers
 
 
 def lanes_of(hardware: Hardware) -> int:
@@ -31,9 +32,9 @@ def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
 
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
-    item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (copy keys
-    and values to dense memory first) and, for bfloat16, pairs (the CPU's bfloat16 dot, or float32 products). Where the
-    mask needs a block layout, its blocks: layout_q, layout_kv.
+    item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (what is
+    copied to dense memory first, of what can be read where it lies) and, for bfloat16, pairs (the CPU's bfloat16 dot, or
+    float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
@@ -59,12 +60,14 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     # Rows of other heads lie between the rows of one, so a run of keys falls on few sets of the L1 cache (measured:
     # 17.0 ms against 13.5 packed, 32 heads of 128 under bshd).
     apart = problem.spec.layout != "bhsd" or problem.strides[1] != "contiguous"
-    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": apart, "pairs": pairs[0]}
+    packs = _packs(problem, pairs[0])
+    pack = packs[-1] if apart else packs[0]
+    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "pairs": pairs[0]}
     choices: dict[str, Any] = {
         "vectors": vectors,
         "tiles": [1, 2, 4, 8, 16],
         "block_kv": [32, 64, 96, 128, 192, 256, 384],
-        "pack": [False, True],
+        "pack": packs,
         "pairs": pairs,
     }
     if needs_layout(problem):
@@ -73,7 +76,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     # The default must lie in the space of any CPU, however small its caches are.
     while default["tiles"] > 1 and item(default) > l2:
         default["tiles"] //= 2
-    changes: list[dict[str, int]] = [*_promising(preferred), {"pack": not apart}]
+    changes: list[dict[str, Any]] = [*_promising(preferred), *({"pack": other} for other in packs if other != pack)]
     return SearchSpace(
         choices=choices,
         default=default,
@@ -84,6 +87,13 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         ],
         seeds=[{**default, **change} for change in changes],
     )
+
+
+def _packs(problem: Problem, pairs: bool) -> list[str]:
+    """Only rows that hold the operands of the products already can be read in place: float32, and keys of bfloat16 pairs."""
+    if problem.dtype == "float32":
+        return list(PACKS)
+    return list(PACKS[1:] if pairs else PACKS[2:])
 
 
 def _promising(preferred: int) -> list[dict[str, int]]:

@@ -61,7 +61,7 @@ def test_gradients_through_lse(case: Case) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": True, "layout_q": 32, "layout_kv": 32},
+    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": "all", "layout_q": 32, "layout_kv": 32},
     {"vectors": 4, "tiles": 2, "block_kv": 128},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [c for c in UNPAGED if c.dim == 64], ids=str)

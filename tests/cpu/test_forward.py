@@ -62,8 +62,9 @@ def test_forward_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("config", [
-    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": True, "layout_q": 32, "layout_kv": 32},
+    {"vectors": 1, "tiles": 1, "block_kv": 32, "pack": "all", "layout_q": 32, "layout_kv": 32},
     {"vectors": 3, "tiles": 2, "block_kv": 128, "layout_q": 96, "layout_kv": 128},
+    {"vectors": 2, "tiles": 4, "block_kv": 64, "pack": "values", "layout_q": 32, "layout_kv": 64},
     {"vectors": 4, "tiles": 8, "block_kv": 128, "pairs": False},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim == 64], ids=str)

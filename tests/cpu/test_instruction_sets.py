@@ -16,7 +16,7 @@ import test_forward as forward_tests
 import torch
 from cpu_cases import CASES, Case
 
-from attnreg_cpu import build, decode, variant
+from attnreg_cpu import build, decode, tuning_space, variant
 
 NAMES = (
     "causal",
@@ -35,7 +35,7 @@ NAMES = (
     "union_padding_alibi",
 )
 CHOSEN = [case for case in CASES if case.name in NAMES]
-
+PAIRED = [c for c in CHOSEN if c.name in ("mqa_wide_values", "window_causal", "bias", "sinks_empty_rows", "thd", "bigbird")]
 
 FLAGS = set(build.cpu_identity().replace("'", " ").split())
 MARCHES = ["x86-64-v3", "x86-64"]
@@ -75,6 +75,25 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_forward(case: Case, dtype: torch.dtype, march: str) -> None:
     forward_tests.compare(case, dtype, vectors=3)
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of plain lanes multiply bfloat16 in pairs, as a CPU with the instruction does."""
+    monkeypatch.setattr(tuning_space, "has_bfloat_dot", lambda hardware: True)
+
+
+@pytest.mark.parametrize("march", [WIDE], indirect=True)
+@pytest.mark.parametrize("pack", ["values", "all"])
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_bfloat_pairs(case: Case, pack: str, march: str, pairs: None) -> None:
+    forward_tests.compare(case, torch.bfloat16, vectors=3, pack=pack, pairs=True)
+
+
+@pytest.mark.parametrize("march", [WIDE], indirect=True)
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_bfloat_pairs_backward(case: Case, march: str, pairs: None) -> None:
+    test_backward.compare(case, torch.bfloat16, through_lse=True, vectors=2, pairs=True)
 
 
 @pytest.mark.parametrize("march", MARCHES, indirect=True)

@@ -33,8 +33,9 @@ class Backward {
     static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
     static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
     static constexpr int OPERANDS_V = (HEAD_V + Operand::WIDTH - 1) / Operand::WIDTH;
-    static constexpr int PADDED_K = (HEAD_K + LANES - 1) / LANES * LANES;
-    static constexpr int PADDED_V = (HEAD_V + LANES - 1) / LANES * LANES;
+    static constexpr int PADDED_K = whole_registers(HEAD_K), PADDED_V = whole_registers(HEAD_V);
+    static constexpr int PANELS = (HEAD_K + PANEL - 1) / PANEL;
+    static constexpr int KEY_STRIDE = whole_registers(OPERANDS_K), VALUE_STRIDE = whole_registers(OPERANDS_V);
     static constexpr bool PAIRED = Operand::WIDTH == 2;
     static constexpr int64_t MOST_ROWS = 16;
     static constexpr int64_t ROUND = 8;  // keys of a tile's run are rounded up to it where the run goes on
@@ -47,7 +48,7 @@ class Backward {
     };
     struct Buffers {
         Operand *keys, *values;
-        Operand* key_rows;  // [key / WIDTH][channel], for dq
+        Operand* key_rows;  // pairs only: along the keys, for dq
         Operand *weight_rows, *d_rows, *d_keys;  // pairs only: weights and d_scores along lanes, d_scores along keys
         float *scores, *d_scores, *peak, *ones, *bias, *allowed, *softcap_slope;
         int32_t* bits;
@@ -63,9 +64,9 @@ class Backward {
 
     void carve(Carver& carver, Buffers& b, GradientTile* tiles) const {
         const int64_t block = p_.block_kv + MOST_ROWS;
-        b.keys = carver.take<Operand>(block * OPERANDS_K);
-        b.values = carver.take<Operand>(block * OPERANDS_V);
-        b.key_rows = carver.take<Operand>(block * HEAD_K);
+        b.keys = carver.take<Operand>(block * KEY_STRIDE);
+        b.values = carver.take<Operand>(block * VALUE_STRIDE);
+        b.key_rows = carver.take<Operand>(PAIRED ? block * PANELS * PANEL : 0);
         b.weight_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
         b.d_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
         b.d_keys = carver.take<Operand>(PAIRED ? (block + 1) / 2 * FULL : 0);
@@ -91,8 +92,8 @@ class Backward {
     struct Run {
         int64_t first, count;
         const Operand *keys, *values;
-        const Operand* key_rows;
-        int64_t key_stride, value_stride, key_row_stride;
+        int64_t key_stride, value_stride;
+        Panels<Operand> key_rows;
         int64_t bits;  // block layout: number of its bit tile; -1 is none
     };
 
@@ -165,33 +166,33 @@ class Backward {
         }
 
         template <class U>
-        U* row(U* base, int64_t batch, int64_t head, int64_t row_stride, int64_t r) const {
-            return row_pointer(base, batch, head, row_stride, s_, rows_, r, p_.cu_q != nullptr);
+        U* row(U* base, int64_t batch, int64_t head, int64_t row_stride, const Tile<Operand>& t, int64_t lane) const {
+            return row_pointer(base, batch, head, row_stride, s_, t, lane, p_.cu_q != nullptr);
         }
 
         void load_tile(GradientTile& g) {
             Tile<Operand>& t = g.tile;
             const T *queries[FULL], *d_outs[FULL];
             for (int64_t i = 0; i < t.count; ++i) {
-                queries[i] = row(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, t.row + i);
-                d_outs[i] = row(static_cast<const T*>(p_.d_out), p_.d_out_batch, p_.d_out_head, p_.d_out_row, t.row + i);
+                queries[i] = row(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, t, i);
+                d_outs[i] = row(static_cast<const T*>(p_.d_out), p_.d_out_batch, p_.d_out_head, p_.d_out_row, t, i);
             }
             pack_lanes<HEAD_K>(queries, t.count, t.lanes(), t.query);
             pack_lanes<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out);
-            pack_rows<HEAD_K, PADDED_K>(queries, t.count, t.lanes(), g.query_rows);
-            pack_rows<HEAD_V, PADDED_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
-            std::fill(t.output, t.output + HEAD_K * t.lanes(), 0.0f);
+            pack_rows<HEAD_K>(queries, t.count, t.lanes(), g.query_rows);
+            pack_rows<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
+            t.summed = false;
             for (int64_t i = 0; i < t.lanes(); ++i) {
                 g.lse[i] = INFINITY_F;  // makes every weight 0
                 g.lse_rest[i] = 0.0f;
                 g.delta[i] = 0.0f;
                 if (i >= t.count) continue;
-                const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t.row + i);
-                const float lse = *row(static_cast<const float*>(p_.lse), p_.lse_batch, p_.lse_head, p_.lse_row, t.row + i);
+                const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t, i);
+                const float lse = *row(static_cast<const float*>(p_.lse), p_.lse_batch, p_.lse_head, p_.lse_row, t, i);
                 if (lse == -INFINITY_F) continue;
                 float delta = 0.0f;
                 for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
-                if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t.row + i);
+                if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t, i);
                 g.lse[i] = lse * LOG2_E;
                 g.lse_rest[i] = float(lse * LOG2_E_EXACT - g.lse[i]);
                 g.delta[i] = delta;
@@ -204,18 +205,18 @@ class Backward {
             const auto value_at = [&](int64_t j) { return values_.at(first + j); };
             pack_keys<HEAD_K, Operand, T>(key_at, count, padded, b_.keys);
             pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
-            Run run{first, count, b_.keys, b_.values, nullptr, OPERANDS_K, OPERANDS_V, HEAD_K, bits};
-            run.key_rows = b_.keys;
+            Run run{first, count, b_.keys, b_.values, KEY_STRIDE, VALUE_STRIDE, {b_.keys, KEY_STRIDE, PANEL}, bits};
             if constexpr (PAIRED) {
-                pack_values<HEAD_K, T>(key_at, count, b_.key_rows);
-                run.key_rows = b_.key_rows;
+                const int64_t panel = (p_.block_kv + MOST_ROWS) * PANEL;
+                pack_values<HEAD_K, T>(key_at, count, panel, b_.key_rows);
+                run.key_rows = {b_.key_rows, PANEL, panel};
             }
             for (int64_t n = 0; n < tile_count_; ++n) differentiate_tile(run, tiles_[n]);
         }
 
         void differentiate_tile(const Run& whole, GradientTile& g) {
             if (whole.bits >= 0) {
-                if (lane_bits(p_, rows_, g.tile, whole.bits, b_.bits)) differentiate_vectors(whole, g);
+                if (lane_bits(p_, g.tile, whole.bits, b_.bits)) differentiate_vectors(whole, g);
                 return;
             }
             Run run = whole;
@@ -227,7 +228,7 @@ class Backward {
             const int64_t skip = run.first - whole.first;
             run.keys += skip * run.key_stride;
             run.values += skip * run.value_stride;
-            run.key_rows += skip / Operand::WIDTH * run.key_row_stride;
+            run.key_rows.first += skip / Operand::WIDTH * run.key_rows.row;
             differentiate_vectors(run, g);
         }
 
@@ -250,13 +251,13 @@ class Backward {
         void differentiate_vectors(const Run& run, GradientTile& g) {
             Tile<Operand>& t = g.tile;
             constexpr int64_t lanes = NV * LANES;
-            Modifiers modifiers = modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
+            Modifiers modifiers = modifiers_of(p_, s_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
             modifiers.softcap_slope = b_.softcap_slope;
             if (run.bits >= 0) modifiers.bits = b_.bits;
             // Buffers end MOST_ROWS past the longest run, so a short run's extra rows are stale but there.
-            const int64_t computed = std::max<int64_t>(run.count, micro_rows(NV));
-            multiply_scores<NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
-            multiply_scores<NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, b_.peak);
+            const int64_t computed = std::max<int64_t>(run.count, least_keys(NV));
+            multiply_scores<NV, NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+            multiply_scores<NV, NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, b_.peak);
             float scale = float(p_.scale);
             if (!modifiers.plain()) {
                 modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
@@ -276,8 +277,7 @@ class Backward {
             constexpr int depth = int(lanes) / Operand::WIDTH;
             accumulate_rows<PADDED_V, depth>(run.count, ready.weights, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
             accumulate_rows<PADDED_K, depth>(run.count, ready.d_rows, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
-            const int64_t key_depth = (run.count + Operand::WIDTH - 1) / Operand::WIDTH;
-            multiply_values<NV, HEAD_K>(key_depth, run.key_rows, run.key_row_stride, ready.d_keys, t.output, b_.ones);
+            sum_values<NV, HEAD_K>(t, run.first, run.count, run.key_rows, ready.d_keys, b_.ones);
         }
 
         // Weights and d_scores as the three products take them.
@@ -341,8 +341,8 @@ class Backward {
         void scatter_bias(const Run& run, const Tile<Operand>& t) {
             float* rows[FULL];
             for (int64_t i = 0; i < t.count; ++i) {
-                const int64_t r = t.row + i;
-                rows[i] = p_.d_bias + ((s_.batch * p_.q_heads + rows_.head_of(r)) * p_.d_bias_rows + rows_.position(r)) * p_.d_bias_keys;
+                const int64_t row = (s_.batch * p_.q_heads + t.head_of[i]) * p_.d_bias_rows + t.row_of[i];
+                rows[i] = p_.d_bias + row * p_.d_bias_keys;
             }
             for (int64_t j = 0; j < run.count; ++j) {
                 for (int64_t i = 0; i < t.count; ++i) rows[i][run.first + j] = b_.d_scores[j * t.lanes() + i];
@@ -350,13 +350,11 @@ class Backward {
         }
 
         void finish(const Tile<Operand>& t) {
-            float factor[FULL];
-            T* pointers[FULL];
-            std::fill(factor, factor + FULL, 1.0f);
+            if (!t.summed) std::fill(t.output, t.output + t.count * PADDED_K, 0.0f);
             for (int64_t i = 0; i < t.count; ++i) {
-                pointers[i] = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t.row + i);
+                T* d_q = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t, i);
+                narrow_row<HEAD_K>(t.output + i * PADDED_K, 1.0f, d_q);
             }
-            unpack_lanes<HEAD_K>(t.output, factor, t.count, t.lanes(), pointers);
         }
 
         const Backward& f_;

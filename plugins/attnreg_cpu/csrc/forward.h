@@ -47,11 +47,13 @@ class Forward {
   private:
     static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
     static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr int PADDED_K = whole_registers(OPERANDS_K), PADDED_V = whole_registers(HEAD_V);
+    static constexpr int PANELS = (HEAD_V + PANEL - 1) / PANEL;
     static constexpr int64_t MOST_ROWS = 16;  // of the micro-kernel: padding of packed keys
     // Rows of keys can be read where they lie if they hold the very operands that the product takes.
     static constexpr bool KEYS_IN_PLACE =
         std::is_same<T, float>::value || (std::is_same<Operand, Pair>::value && HEAD_K % 2 == 0);
-    static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value;
+    static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value && HEAD_V % LANES == 0;
 
     int64_t total_items() const {
         int64_t items = 0;
@@ -93,8 +95,8 @@ class Forward {
 
     void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
         const int64_t block = p_.block_kv + MOST_ROWS;
-        b.keys = carver.take<Operand>(block * OPERANDS_K);
-        b.values = carver.take<Operand>(block * HEAD_V);
+        b.keys = carver.take<Operand>(block * PADDED_K);
+        b.values = carver.take<Operand>(block * PANELS * PANEL);
         b.scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
         b.rescale = carver.take<float>(FULL);
@@ -107,9 +109,10 @@ class Forward {
     // A run of keys ready for the products.
     struct Run {
         int64_t first, count;
-        const Operand *keys, *values;
-        int64_t key_stride, value_stride;  // in operands
-        int64_t bits;                      // block layout: number of its bit tile; -1 is none
+        const Operand* keys;
+        int64_t key_stride;  // in operands
+        Panels<Operand> values;
+        int64_t bits;  // block layout: number of its bit tile; -1 is none
     };
 
     class Worker {
@@ -164,13 +167,12 @@ class Forward {
                 describe_tile(p_, s_, f_.documents_, rows_, t);
                 const T* pointers[FULL];
                 for (int64_t i = 0; i < t.count; ++i) {
-                    pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, rows_, t.row + i,
-                                              p_.cu_q != nullptr);
+                    pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, t, i, p_.cu_q != nullptr);
                 }
                 pack_lanes<HEAD_K>(pointers, t.count, t.lanes(), t.query);
-                std::fill(t.output, t.output + HEAD_V * t.lanes(), 0.0f);
+                t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
-                    const float sink = p_.sinks ? p_.sinks[rows_.head_of(t.row + i)] : -INFINITY_F;
+                    const float sink = p_.sinks ? p_.sinks[t.head_of[i]] : -INFINITY_F;
                     t.top[i] = sink * LOG2_E;
                     t.sum[i] = sink == -INFINITY_F ? 0.0f : 1.0f;
                 }
@@ -179,25 +181,24 @@ class Forward {
 
         // Keys first .. first + count - 1, `first` even (pairs of keys start there).
         void attend_run(int64_t first, int64_t count, int64_t bits) {
-            Run run{first, count, nullptr, nullptr, 0, 0, bits};
-            const bool pack = p_.pack || keys_.page_size != 0;
+            Run run{first, count, nullptr, 0, {}, bits};
+            const bool paged = keys_.page_size != 0;
             const bool aligned = Operand::WIDTH == 1 || (keys_.row % 2 == 0 && reinterpret_cast<uintptr_t>(keys_.base) % 4 == 0);
-            if (!KEYS_IN_PLACE || pack || !aligned || count < MOST_ROWS) {
+            if (!KEYS_IN_PLACE || p_.pack > 1 || paged || !aligned || count < MOST_ROWS) {
                 pack_keys<HEAD_K, Operand, T>([&](int64_t j) { return keys_.at(first + j); }, count,
                                               std::max(count, MOST_ROWS), b_.keys);
                 run.keys = b_.keys;
-                run.key_stride = OPERANDS_K;
+                run.key_stride = PADDED_K;
             } else {
                 run.keys = reinterpret_cast<const Operand*>(keys_.at(first));
                 run.key_stride = keys_.row / Operand::WIDTH;
             }
-            if (!VALUES_IN_PLACE || pack) {
-                pack_values<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, b_.values);
-                run.values = b_.values;
-                run.value_stride = HEAD_V;
+            if (!VALUES_IN_PLACE || p_.pack > 0 || paged) {
+                const int64_t panel = (p_.block_kv + MOST_ROWS) * PANEL;
+                pack_values<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, panel, b_.values);
+                run.values = {b_.values, PANEL, panel};
             } else {
-                run.values = reinterpret_cast<const Operand*>(values_.at(first));
-                run.value_stride = values_.row;
+                run.values = {reinterpret_cast<const Operand*>(values_.at(first)), values_.row, PANEL};
             }
             for (int64_t n = 0; n < tile_count_; ++n) attend_tile(run, tiles_[n]);
         }
@@ -207,12 +208,12 @@ class Forward {
             Run run = whole;
             const int64_t begin = std::max(whole.first, t.keys.any.first) / 2 * 2;
             const int64_t end = std::min(whole.first + whole.count, t.keys.any.last + 1);
-            if (begin >= end || (run.bits >= 0 && !lane_bits(p_, rows_, t, run.bits, b_.bits))) return;
+            if (begin >= end || (run.bits >= 0 && !lane_bits(p_, t, run.bits, b_.bits))) return;
             if (run.bits >= 0) return attend_vectors(run, t);
             run.first = std::max(whole.first, std::min(begin, whole.first + whole.count - MOST_ROWS) / 2 * 2);
             run.count = end - run.first;
             run.keys += (run.first - whole.first) * run.key_stride;
-            run.values += (run.first - whole.first) / Operand::WIDTH * run.value_stride;
+            run.values.first += (run.first - whole.first) / Operand::WIDTH * run.values.row;
             attend_vectors(run, t);
         }
 
@@ -233,8 +234,7 @@ class Forward {
 
         template <int NV>
         void attend_vectors(const Run& run, Tile<Operand>& t) {
-            Modifiers modifiers =
-                modifiers_of(p_, s_, rows_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
+            Modifiers modifiers = modifiers_of(p_, s_, f_.documents_, t, run.first, run.count, b_.bias, b_.allowed);
             if (run.bits >= 0) modifiers.bits = b_.bits;
             for (int v = 0; v < NV; ++v) store(b_.peak + v * LANES, splat(-INFINITY_F));
             float scale = float(p_.scale);
@@ -247,22 +247,40 @@ class Forward {
             }
             Operand* weights = reinterpret_cast<Operand*>(b_.scores);
             online_softmax<NV>(weights, b_.scores, run.count, scale, b_.peak, t.top, t.sum, b_.rescale);
-            const int64_t depth = (run.count + Operand::WIDTH - 1) / Operand::WIDTH;
-            multiply_values<NV, HEAD_V>(depth, run.values, run.value_stride, weights, t.output, b_.rescale);
+            sum_values<NV, HEAD_V>(t, run.first, run.count, run.values, weights, b_.rescale);
         }
 
-        // Scores with keys first .. first + count - 1 of the run, and their maximum. The micro-kernel takes at least MR rows; those past
-        // the run exist (the keys go on, or were padded) and are not used.
-        template <int NV>
+        // Scores of vectors V and up with keys first .. first + count - 1 of the run, and their maximum. The micro-kernel takes some keys
+        // at least; those past the run exist (the keys go on, or were padded) and are not used.
+        template <int NV, int V = 0>
         void score(const Run& run, const Tile<Operand>& t, int64_t first, int64_t count, float* peak) {
-            multiply_scores<NV, OPERANDS_K>(std::max<int64_t>(count, micro_rows(NV)), run.keys + first * run.key_stride, run.key_stride,
-                                            t.query, b_.scores + first * NV * LANES, peak);
+            multiply_scores<NV - V, NV, OPERANDS_K>(std::max<int64_t>(count, least_keys(NV - V)), run.keys + first * run.key_stride,
+                                                    run.key_stride, t.query + V * LANES, b_.scores + (first * NV + V) * LANES,
+                                                    peak + V * LANES);
+        }
+
+        // The same from `first` to the end of the run, where vectors whose rows attend no later key drop out.
+        template <int NV, int V = 0>
+        void score_rest(const Run& run, const Tile<Operand>& t, int64_t first, float* peak) {
+            int64_t end = run.count;
+            if constexpr (V + 1 < NV) {
+                const int32_t* last = t.last + V * LANES;
+                end = std::min<int64_t>(end, *std::max_element(last, last + LANES) + 1 - run.first);
+            }
+            if (first < end) {
+                const int64_t begin = std::max<int64_t>(std::min<int64_t>(first, end - least_keys(NV - V)), 0);
+                score<NV, V>(run, t, begin, end - begin, peak);
+            }
+            if constexpr (V + 1 < NV) {
+                if (end < run.count) score_rest<NV, V + 1>(run, t, std::max(first, end), peak);
+            }
         }
 
         // The same for the whole run where nothing but bounds masks: keys that every row may attend are left as they are.
         template <int NV>
         void score_within(const Run& run, const Tile<Operand>& t, bool bounded) {
             constexpr int64_t MR = micro_rows(NV);
+            float* unused = b_.rescale;  // the maximum of keys of which some are masked
             int64_t begin = 0, end = run.count;
             if (bounded) {
                 begin = std::clamp<int64_t>(t.keys.all.first - run.first, 0, end);
@@ -274,30 +292,31 @@ class Forward {
             if (end - begin < MR) begin = end = 0;
             if (begin < end) score<NV>(run, t, begin, end - begin, b_.peak);
             const auto bound = [&](int64_t first, int64_t count) {
-                // Its maximum may be of a masked key.
-                float* unused = b_.rescale;
-                score<NV>(run, t, first, count, unused);
                 bound_scores<NV>(t.first, t.last, run.first + first, count, b_.scores + first * NV * LANES, b_.peak);
             };
-            if (begin > 0) bound(0, begin);
-            if (end < run.count) bound(end, run.count - end);
+            if (begin > 0) {
+                score<NV>(run, t, 0, begin, unused);
+                bound(0, begin);
+            }
+            if (end < run.count) {
+                score_rest<NV>(run, t, end, unused);
+                bound(end, run.count - end);
+            }
         }
 
         void finish() {
             for (int64_t n = 0; n < tile_count_; ++n) {
                 Tile<Operand>& t = tiles_[n];
-                float factor[FULL];
-                T* pointers[FULL];
-                for (int64_t i = 0; i < t.lanes(); ++i) factor[i] = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
+                if (!t.summed) std::fill(t.output, t.output + t.count * PADDED_V, 0.0f);
                 for (int64_t i = 0; i < t.count; ++i) {
-                    pointers[i] = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, rows_, t.row + i,
-                                              p_.cu_q != nullptr);
+                    const float factor = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
+                    T* out = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, t, i, p_.cu_q != nullptr);
+                    narrow_row<HEAD_V>(t.output + i * PADDED_V, factor, out);
                     if (p_.lse) {
-                        *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, rows_, t.row + i, p_.cu_q != nullptr) =
+                        *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) =
                             t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] * LN_2 + std::log(t.sum[i]);
                     }
                 }
-                unpack_lanes<HEAD_V>(t.output, factor, t.count, t.lanes(), pointers);
             }
         }
 

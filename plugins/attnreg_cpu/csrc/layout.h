@@ -22,7 +22,7 @@ inline int64_t rows_per_item(const Params& p, int64_t full_tile, int64_t group) 
 template <class Use>
 void layout_runs(const Params& p, const Sequence& s, const ItemRows& rows, const Use& use) {
     const int64_t batch = p.layout_batches > 1 ? s.batch : 0, head = p.layout_heads > 1 ? rows.head : 0;
-    const int64_t line = (batch * p.layout_heads + head) * p.layout_lines + rows.position(rows.first) / p.layout_block_q;
+    const int64_t line = (batch * p.layout_heads + head) * p.layout_lines + rows.first / rows.group / p.layout_block_q;
     const int64_t block = p.layout_block_kv, split = p.layout_row_split[line], end = p.layout_row_ptr[line + 1];
     for (int64_t entry = p.layout_row_ptr[line]; entry < split;) {
         const int64_t first = p.layout_columns[entry] * block;
@@ -41,12 +41,12 @@ void layout_runs(const Params& p, const Sequence& s, const ItemRows& rows, const
 // Turns a bit tile to a tile's lanes: out[word][lane] holds bits of keys word * 32 ... of the lane's row; lanes past the rows hold 0.
 // False where no lane may attend any key.
 template <class Operand>
-bool lane_bits(const Params& p, const ItemRows& rows, const Tile<Operand>& t, int64_t bit_tile, int32_t* out) {
+bool lane_bits(const Params& p, const Tile<Operand>& t, int64_t bit_tile, int32_t* out) {
     const int64_t words = (p.layout_block_kv + 31) / 32;
     const int32_t* bits = p.layout_bits + bit_tile * p.layout_block_q * words;
     int32_t live = 0;
     for (int64_t lane = 0; lane < t.lanes(); ++lane) {
-        const int64_t row = rows.position(t.row + lane) % p.layout_block_q;
+        const int64_t row = t.row_of[lane] % p.layout_block_q;
         for (int64_t w = 0; w < words; ++w) {
             const int32_t value = lane < t.count ? bits[row * words + w] : 0;
             out[w * t.lanes() + lane] = value;

@@ -1,13 +1,14 @@
 // Register-blocked products on one tile of query rows, which lie across the vector lanes.
 //
-// A tile holds NV * LANES query rows. Everything that belongs to a row (its score for one key, its maximum, one channel of its output) is a
-// lane, so maxima, sums and masks need no reduction across lanes, and keys and values are read as broadcast scalars straight from
-// their row-major memory. The products of attention and of its gradient then have the form
+// A tile holds NV * LANES query rows. A row's score for one key and its maximum are lanes, so maxima, sums and masks need no reduction
+// across lanes, and keys are read as broadcast scalars straight from their row-major memory. What is summed over keys or rows has its
+// channels in the lanes, as memory has them. The products of attention and of its gradient then have the form
 //
 //     c[i][lane] (+)= sum_k A(i, k) * b[k][lane]
 //
 // with MR values of i and NV vectors of lanes held in registers.
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "operand.h"
@@ -38,58 +39,103 @@ ATTNREG_INLINE void multiply(vfloat (&acc)[MR][NV], int64_t depth, const Operand
     }
 }
 
-// scores[j][lane] = sum_d keys[j][d] * query[d][lane] for `count` keys, and peak[lane] = max(peak[lane], scores[..][lane]).
-// count >= micro_rows(NV): the last group of rows overlaps the one before it instead of running past the end.
-template <int NV, int DEPTH, class Operand>
+// Keys that the last step of the scores takes where fewer are left, and so the fewest that there may be.
+constexpr int least_keys(int vectors) {
+    const int most = micro_rows(vectors);
+    return most == 6 || most == 12 ? most * 2 / 3 : most;
+}
+
+// scores[j][lane] = sum_d keys[j][d] * query[d][lane] for `count` keys, and peak[lane] = max(peak[lane], scores[..][lane]), for NV of a
+// tile's TILE vectors. count >= least_keys(NV): the last group of keys overlaps the one before it instead of running past the end.
+template <int NV, int TILE, int DEPTH, class Operand>
 ATTNREG_ALONE void multiply_scores(int64_t count, const Operand* keys, int64_t stride, const Operand* query, float* scores, float* peak) {
-    constexpr int MR = micro_rows(NV);
-    for (int64_t next = 0; next < count; next += MR) {
-        const int64_t j = next + MR <= count ? next : count - MR;
+    constexpr int MOST = micro_rows(NV), LEAST = least_keys(NV);
+    const auto take = [&](auto rows, int64_t j) ATTNREG_LAMBDA {
+        constexpr int MR = decltype(rows)::value;
         vfloat acc[MR][NV] = {};
-        multiply<MR, NV, true>(acc, DEPTH, keys + j * stride, stride, query, NV * LANES);
+        multiply<MR, NV, true>(acc, DEPTH, keys + j * stride, stride, query, TILE * LANES);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
             vfloat top = load(peak + v * LANES);
 #pragma GCC unroll 16
             for (int i = 0; i < MR; ++i) {
                 top = vmax(top, acc[i][v]);
-                store(scores + ((j + i) * NV + v) * LANES, acc[i][v]);
+                store(scores + ((j + i) * TILE + v) * LANES, acc[i][v]);
             }
             store(peak + v * LANES, top);
         }
+    };
+    int64_t j = 0;
+    for (; j + MOST <= count; j += MOST) take(std::integral_constant<int, MOST>(), j);
+    if (j > 0 && count - j > LEAST) return take(std::integral_constant<int, MOST>(), count - MOST);
+    for (; j < count; j += LEAST) take(std::integral_constant<int, LEAST>(), std::min<int64_t>(j, count - LEAST));
+}
+
+// Of `left` rows of a tile those that are multiplied at once beside two registers of channels: enough to hide a multiply-add's latency.
+constexpr int rows_at_once(int left) {
+    constexpr int most = micro_rows(2);
+    return left < most - 1 || left == most ? left : left < most + 4 ? left / 2 : most;
+}
+
+// Calls use(first row, number of rows), both constants, for each group of the tile's rows.
+template <int ROWS, int FIRST = 0, class Use>
+ATTNREG_INLINE void each_group(const Use& use) {
+    if constexpr (FIRST < ROWS) {
+        constexpr int AT_ONCE = rows_at_once(ROWS - FIRST);
+        use(std::integral_constant<int, FIRST>(), std::integral_constant<int, AT_ONCE>());
+        each_group<ROWS, FIRST + AT_ONCE>(use);
     }
 }
 
-// What a run of keys adds is summed by itself and joins the output at the end: fewer roundings of a long sum (join_sums in softmax.h).
+// What of a run a group of rows attends, in operands along the keys: outside, every weight is 0.
+struct Depths {
+    int64_t begin, end;
+};
+
+// out[i][c] = rescale[i] * out[i][c] + sum over k < depth of weights[k][i] * values[k][c] for MR rows and NV registers of channels. What a
+// run of keys adds is summed by itself and joins the output at the end: fewer roundings of a long sum (join_sums in softmax.h). Without
+// `rescale` nothing was summed before, and the output is only written.
 template <int MR, int NV, class Operand>
-ATTNREG_INLINE void accumulate_channels(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
-                                        const float* rescale) {
+ATTNREG_ALONE void add_channels(int64_t depth, const Operand* weights, int64_t weight_stride, const Operand* values, int64_t value_stride,
+                                float* out, int64_t out_stride, const float* rescale) {
     vfloat acc[MR][NV] = {};
-    multiply<MR, NV, false>(acc, depth, values, stride, weights, NV * LANES);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-        const vfloat factor = load(rescale + v * LANES);
+    multiply<MR, NV, false>(acc, depth, weights, weight_stride, values, value_stride);
 #pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) {
-            float* to = output + (i * NV + v) * LANES;
-            store(to, fma(factor, load(to), acc[i][v]));
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+            float* to = out + i * out_stride + v * LANES;
+            store(to, rescale ? fma(splat(rescale[i]), load(to), acc[i][v]) : acc[i][v]);
         }
     }
 }
 
-// output[d][lane] = rescale[lane] * output[d][lane] + sum_j values[j][d] * weights[j][lane] for CHANNELS values of d.
-template <int NV, int CHANNELS, class Operand>
-ATTNREG_ALONE void multiply_values(int64_t depth, const Operand* values, int64_t stride, const Operand* weights, float* output,
-                     const float* rescale) {
-    constexpr int MR = micro_rows(NV);
-    constexpr int REST = CHANNELS % MR;
-    for (int64_t d = 0; d + MR <= CHANNELS; d += MR) {
-        accumulate_channels<MR, NV>(depth, values + d, stride, weights, output + d * NV * LANES, rescale);
-    }
-    if constexpr (REST != 0) {
-        constexpr int64_t d = CHANNELS - REST;
-        accumulate_channels<REST, NV>(depth, values + d, stride, weights, output + d * NV * LANES, rescale);
-    }
+// Rows of values, cut into panels of PANEL channels each: rows that lie side by side in memory, or packed panel after panel.
+constexpr int PANEL = 2 * LANES;
+template <class Operand>
+struct Panels {
+    const Operand* first;
+    int64_t row, panel;  // strides, in operands
+};
+
+// out[row][c] = rescale[row] * out[row][c] + sum_j weights[j][row] * values[j][c] for ROWS rows and CHANNELS values of c, a multiple of
+// LANES. Channels lie across the vector lanes here, so that rows come out as memory wants them and each group of rows meets only keys of
+// its own: depths[r] for the group that starts at row r.
+template <int ROWS, int CHANNELS, class Operand>
+void multiply_values(const Depths* depths, Panels<Operand> values, const Operand* weights, float* out, const float* rescale) {
+    const auto add = [&](auto vectors, int64_t c) {
+        constexpr int NV = decltype(vectors)::value;
+        each_group<ROWS>([&](auto first, auto rows) ATTNREG_LAMBDA {
+            constexpr int ROW = decltype(first)::value;
+            const Depths d = depths[ROW];
+            const Operand* panel = values.first + c / PANEL * values.panel + d.begin * values.row;
+            add_channels<decltype(rows)::value, NV>(d.end - d.begin, weights + d.begin * ROWS + ROW, ROWS, panel, values.row,
+                                                    out + ROW * CHANNELS + c, CHANNELS, rescale ? rescale + ROW : nullptr);
+        });
+    };
+    int64_t c = 0;
+    for (; c + PANEL <= CHANNELS; c += PANEL) add(std::integral_constant<int, 2>(), c);
+    if constexpr (CHANNELS % PANEL != 0) add(std::integral_constant<int, 1>(), c);
 }
 
 // out[i][d] += sum over lanes of weights[i][lane] * rows[lane][d] for MR values of i and NV registers of d. The depth is short, so that it

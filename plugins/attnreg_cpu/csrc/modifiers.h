@@ -7,23 +7,22 @@ namespace attnreg {
 constexpr int64_t MOST_LANES = 4 * LANES;
 
 template <class B, class Operand>
-void gather_pairs(const B* base, int64_t batch, int64_t head, int64_t row, int64_t key, const Sequence& s, const ItemRows& rows,
-                  const Tile<Operand>& t, int64_t first, int64_t count, float* out) {
+void gather_pairs(const B* base, int64_t batch, int64_t head, int64_t row, int64_t key, const Sequence& s, const Tile<Operand>& t,
+                  int64_t first, int64_t count, float* out) {
     const B* pointers[MOST_LANES];
-    lane_rows(base, batch, head, row, s, rows, t, pointers);
+    lane_rows(base, batch, head, row, s, t, pointers);
     gather_lanes(pointers, t.lanes(), first, count, key, out);
 }
 
 template <class B, class Operand>
-void gather_bias(const Params& p, const Sequence& s, const ItemRows& rows, const Tile<Operand>& t, int64_t first, int64_t count,
-                 float* out) {
-    gather_pairs(static_cast<const B*>(p.bias), p.bias_batch, p.bias_head, p.bias_row, p.bias_key, s, rows, t, first, count, out);
+void gather_bias(const Params& p, const Sequence& s, const Tile<Operand>& t, int64_t first, int64_t count, float* out) {
+    gather_pairs(static_cast<const B*>(p.bias), p.bias_batch, p.bias_head, p.bias_row, p.bias_key, s, t, first, count, out);
 }
 
 // `bias` and `allowed` are scratch for count * lanes values, needed where the call has a bias or a dense mask.
 template <class Operand>
-Modifiers modifiers_of(const Params& p, const Sequence& s, const ItemRows& rows, const Documents& documents, const Tile<Operand>& t,
-                       int64_t first, int64_t count, float* bias, float* allowed) {
+Modifiers modifiers_of(const Params& p, const Sequence& s, const Documents& documents, const Tile<Operand>& t, int64_t first,
+                       int64_t count, float* bias, float* allowed) {
     Modifiers m;
     m.scale = float(p.scale);
     m.softcap = float(p.softcap);
@@ -32,14 +31,14 @@ Modifiers modifiers_of(const Params& p, const Sequence& s, const ItemRows& rows,
     if (p.alibi) m.slopes = t.slope, m.positions = t.position;
     if (p.bias) {
         switch (p.bias_type) {
-            case 0: gather_bias<float>(p, s, rows, t, first, count, bias); break;
-            case 1: gather_bias<half_t>(p, s, rows, t, first, count, bias); break;
-            default: gather_bias<bfloat_t>(p, s, rows, t, first, count, bias); break;
+            case 0: gather_bias<float>(p, s, t, first, count, bias); break;
+            case 1: gather_bias<half_t>(p, s, t, first, count, bias); break;
+            default: gather_bias<bfloat_t>(p, s, t, first, count, bias); break;
         }
         m.bias = bias;
     }
     if (p.mask) {
-        gather_pairs(p.mask, p.mask_batch, p.mask_head, p.mask_row, p.mask_key, s, rows, t, first, count, allowed);
+        gather_pairs(p.mask, p.mask_batch, p.mask_head, p.mask_row, p.mask_key, s, t, first, count, allowed);
         m.allowed = allowed;
     }
     return m;

@@ -2,7 +2,7 @@
 #pragma once
 #include "convert.h"
 
-#if defined(ATTNREG_AVX512) && defined(__AVX512BF16__)
+#if (defined(ATTNREG_AVX512) && defined(__AVX512BF16__)) || defined(ATTNREG_PLAIN_LANES)
 #define ATTNREG_HAS_PAIRS 1
 #endif
 
@@ -26,7 +26,25 @@ struct Pair {
 };
 static_assert(sizeof(Pair) == 4, "operands are 32 bits");
 
-#if defined(ATTNREG_HAS_PAIRS)
+#if defined(ATTNREG_PLAIN_LANES)
+// What the instructions below do, so that tests run this path too where the CPU has none.
+ATTNREG_INLINE vint broadcast(Pair x) { return splat(x.bits); }
+ATTNREG_INLINE vfloat accumulate(vint a, vint b, vfloat c) {
+    const vint upper = splat(int32_t(0xffff0000));
+    return c + (vfloat)(a & upper) * (vfloat)(b & upper) + (vfloat)(a << 16) * (vfloat)(b << 16);
+}
+ATTNREG_INLINE vint make_pairs(vfloat first, vfloat second) {
+    bfloat_t halves[2][LANES];
+    store_narrow(halves[0], first), store_narrow(halves[1], second);
+    return (vint)(__builtin_convertvector(load_as<vhalf>(halves[0]), vuint) |
+                  (__builtin_convertvector(load_as<vhalf>(halves[1]), vuint) << 16));
+}
+ATTNREG_INLINE void store_pairs(Pair* out, vfloat values) {
+    bfloat_t halves[LANES];
+    store_narrow(halves, values);
+    std::memcpy(out, halves, sizeof(halves));
+}
+#elif defined(ATTNREG_HAS_PAIRS)
 ATTNREG_INLINE vint broadcast(Pair x) { return (vint)_mm512_set1_epi32(x.bits); }
 ATTNREG_INLINE vfloat accumulate(vint a, vint b, vfloat c) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);

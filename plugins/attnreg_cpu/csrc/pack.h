@@ -2,9 +2,12 @@
 #pragma once
 #include <algorithm>
 
-#include "operand.h"
+#include "micro.h"
 
 namespace attnreg {
+
+// As many operands as fill the registers that hold `count`: the length of packed rows.
+constexpr int whole_registers(int count) { return (count + LANES - 1) / LANES * LANES; }
 
 // Loads LANES operands of a row from channel `at`; `left` of them exist, the rest are 0.
 template <class T>
@@ -22,27 +25,32 @@ ATTNREG_INLINE vfloat load_operands(Pair, const bfloat_t* row, int64_t at, int64
     return load_as<vfloat>(padded);
 }
 
-// query[d][lane] for `count` rows given by pointers; lanes past `count` are 0. DEPTH counts operands, CHANNELS values.
+// query[d][lane] for `count` rows given by pointers; lanes past `count` are 0. CHANNELS counts values, d operands.
 template <int CHANNELS, class Operand, class T>
 void pack_lanes(const T* const* rows, int64_t count, int64_t lanes, Operand* out) {
-    constexpr int DEPTH = (CHANNELS + Operand::WIDTH - 1) / Operand::WIDTH;
+    constexpr int WHOLE = CHANNELS / (LANES * Operand::WIDTH) * LANES, REST = (CHANNELS + Operand::WIDTH - 1) / Operand::WIDTH - WHOLE;
+    static const T none[CHANNELS] = {};
     for (int64_t lane = 0; lane < lanes; lane += LANES) {
-        for (int64_t d = 0; d < DEPTH; d += LANES) {
+        const T* row[LANES];
+        for (int i = 0; i < LANES; ++i) row[i] = lane + i < count ? rows[lane + i] : none;
+        // `left` and `kept` are constants, or GCC would keep both ways of loading a row, and the block in memory.
+        const auto turn = [&](int64_t d, int64_t left, auto kept) ATTNREG_LAMBDA {
             vfloat block[LANES];
-            const int64_t at = d * Operand::WIDTH;
-            for (int i = 0; i < LANES; ++i) {
-                block[i] = lane + i < count ? load_operands(Operand(), rows[lane + i], at, CHANNELS - at) : zero();
-            }
+            repeat<LANES>([&](int i) ATTNREG_LAMBDA { block[i] = load_operands(Operand(), row[i], d * Operand::WIDTH, left); });
             transpose(block);
-            const int64_t end = std::min<int64_t>(LANES, DEPTH - d);
-            for (int64_t i = 0; i < end; ++i) std::memcpy(out + (d + i) * lanes + lane, &block[i], sizeof(vfloat));
-        }
+            repeat<decltype(kept)::value>([&](int i) ATTNREG_LAMBDA {
+                std::memcpy(out + (d + i) * lanes + lane, &block[i], sizeof(vfloat));
+            });
+        };
+        for (int64_t d = 0; d < WHOLE; d += LANES) turn(d, LANES * Operand::WIDTH, std::integral_constant<int, LANES>());
+        if constexpr (REST != 0) turn(WHOLE, CHANNELS - WHOLE * Operand::WIDTH, std::integral_constant<int, REST>());
     }
 }
 
 // Rows as they are, widened: out[lane][d], lanes past `count` and channels past CHANNELS are 0.
-template <int CHANNELS, int PADDED, class T>
+template <int CHANNELS, class T>
 void pack_rows(const T* const* rows, int64_t count, int64_t lanes, Single* out) {
+    constexpr int PADDED = whole_registers(CHANNELS);
     for (int64_t lane = 0; lane < lanes; ++lane) {
         for (int64_t d = 0; d < PADDED; d += LANES) {
             const vfloat wide = lane < count ? load_operands(Single(), rows[lane], d, CHANNELS - d) : zero();
@@ -65,8 +73,9 @@ ATTNREG_INLINE vuint pair_rows(const bfloat_t* first, const bfloat_t* second, in
     return __builtin_convertvector(part(first), vuint) | (__builtin_convertvector(part(second), vuint) << 16);
 }
 // The same as pairs of lanes: out[lane / 2][d].
-template <int CHANNELS, int PADDED>
+template <int CHANNELS>
 void pack_rows(const bfloat_t* const* rows, int64_t count, int64_t lanes, Pair* out) {
+    constexpr int PADDED = whole_registers(CHANNELS);
     for (int64_t lane = 0; lane < lanes; lane += 2) {
         for (int64_t d = 0; d < PADDED; d += LANES) {
             const vuint both = pair_rows<CHANNELS>(lane < count ? rows[lane] : nullptr, lane + 1 < count ? rows[lane + 1] : nullptr, d);
@@ -75,66 +84,48 @@ void pack_rows(const bfloat_t* const* rows, int64_t count, int64_t lanes, Pair* 
     }
 }
 
-// Copies lanes back to rows: rows[lane][d] = factor[lane] * source[d][lane].
+// out[d] = factor * source[d] for CHANNELS values.
 template <int CHANNELS, class T>
-void unpack_lanes(const float* source, const float* factor, int64_t count, int64_t lanes, T* const* rows) {
-    for (int64_t lane = 0; lane < count; lane += LANES) {
-        const vfloat scale = load(factor + lane);
-        const int64_t rows_here = std::min<int64_t>(LANES, count - lane);
-        for (int64_t d = 0; d < CHANNELS; d += LANES) {
-            const int64_t channels = std::min<int64_t>(LANES, CHANNELS - d);
-            vfloat block[LANES];
-            for (int i = 0; i < LANES; ++i) block[i] = i < channels ? scale * load(source + (d + i) * lanes + lane) : zero();
-            transpose(block);
-            for (int64_t i = 0; i < rows_here; ++i) {
-                if (channels == LANES) {
-                    store_narrow(rows[lane + i] + d, block[i]);
-                } else {
-                    for (int64_t c = 0; c < channels; ++c) narrow(rows[lane + i] + d + c, block[i][c]);
-                }
-            }
-        }
-    }
+ATTNREG_INLINE void narrow_row(const float* source, float factor, T* out) {
+    constexpr int REST = CHANNELS % LANES, WHOLE = CHANNELS - REST;
+    for (int64_t d = 0; d < WHOLE; d += LANES) store_narrow(out + d, splat(factor) * load(source + d));
+    for (int64_t d = WHOLE; d < CHANNELS; ++d) narrow(out + d, factor * source[d]);
 }
 
-// Key rows as operands along the channels: out[j][d]. Rows up to `padded` repeat the last one, so that a maximum over them is unchanged.
+// Key rows as operands along the channels: out[j][d], zeros behind the last channel. Rows up to `padded` repeat the last one, so
+// that a maximum over them is unchanged.
 template <int CHANNELS, class Operand, class T, class RowAt>
 void pack_keys(RowAt row_at, int64_t count, int64_t padded, Operand* out) {
-    constexpr int64_t DEPTH = (CHANNELS + Operand::WIDTH - 1) / Operand::WIDTH;
+    constexpr int64_t DEPTH = whole_registers((CHANNELS + Operand::WIDTH - 1) / Operand::WIDTH);
     for (int64_t j = 0; j < padded; ++j) {
         const T* row = row_at(std::min(j, count - 1));
-        Operand* to = out + j * DEPTH;
-        int64_t d = 0;
-        for (; d + LANES <= DEPTH; d += LANES) {
+        for (int64_t d = 0; d < DEPTH; d += LANES) {
             const vfloat wide = load_operands(Operand(), row, d * Operand::WIDTH, CHANNELS - d * Operand::WIDTH);
-            std::memcpy(to + d, &wide, sizeof(wide));
-        }
-        if (d < DEPTH) {
-            const vfloat wide = load_operands(Operand(), row, d * Operand::WIDTH, CHANNELS - d * Operand::WIDTH);
-            std::memcpy(to + d, &wide, size_t(DEPTH - d) * sizeof(Operand));
+            std::memcpy(out + j * DEPTH + d, &wide, sizeof(wide));
         }
     }
 }
 
-// Value rows as operands along the keys: out[j][d].
+// Value rows as operands along the keys, in panels that lie `panel` operands apart: out[panel][j][channel]. Zeros behind the last channel.
 template <int CHANNELS, class T, class RowAt>
-void pack_values(RowAt row_at, int64_t count, Single* out) {
-    pack_keys<CHANNELS, Single, T>(row_at, count, count, out);
+void pack_values(RowAt row_at, int64_t count, int64_t panel, Single* out) {
+    for (int64_t j = 0; j < count; ++j) {
+        const T* row = row_at(j);
+        for (int64_t d = 0; d < CHANNELS; d += LANES) {
+            const vfloat wide = load_operands(Single(), row, d, CHANNELS - d);
+            std::memcpy(out + d / PANEL * panel + j * PANEL + d % PANEL, &wide, sizeof(wide));
+        }
+    }
 }
-// out[j / 2][d] holds rows j and j + 1; an odd last row is paired with zeros.
+// The same with rows j and j + 1 at [panel][j / 2]; an odd last row is paired with zeros.
 template <int CHANNELS, class T, class RowAt>
-void pack_values(RowAt row_at, int64_t count, Pair* out) {
+void pack_values(RowAt row_at, int64_t count, int64_t panel, Pair* out) {
     for (int64_t j = 0; j < count; j += 2) {
         const bfloat_t* first = row_at(j);
         const bfloat_t* second = j + 1 < count ? row_at(j + 1) : nullptr;
-        Pair* to = out + j / 2 * CHANNELS;
         for (int64_t d = 0; d < CHANNELS; d += LANES) {
             const vuint both = pair_rows<CHANNELS>(first, second, d);
-            if (d + LANES <= CHANNELS) {
-                std::memcpy(to + d, &both, sizeof(both));
-            } else {
-                std::memcpy(to + d, &both, size_t(CHANNELS - d) * sizeof(Pair));
-            }
+            std::memcpy(out + d / PANEL * panel + j / 2 * PANEL + d % PANEL, &both, sizeof(both));
         }
     }
 }

@@ -44,7 +44,7 @@ struct Params {
     int64_t layout_batches, layout_heads, layout_lines, layout_block_q, layout_block_kv;  // lines: row blocks of one batch and head
 
     // Configuration.
-    int64_t block_kv, tiles, pack, splits;
+    int64_t block_kv, tiles, pack, splits;  // pack: 0 nothing, 1 values, 2 keys too
 
     // Gradients; lse and out above are then inputs. d_k and d_v are float32 sums, one for each of `splits` shares of the rows, with rows
     // padded to whole vectors; d_bias is float32 [B, Hq, d_bias_rows, d_bias_keys], zero where nothing is written.

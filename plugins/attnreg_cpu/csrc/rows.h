@@ -136,10 +136,9 @@ struct TileKeys {
     Interval all;   // inside it every row attends (by intervals alone)
 };
 
-// Fills the per-lane bounds of `count` rows and returns the tile's. Rows are position-major: row r stands `r / group` below the first.
-// Lanes past `count` get an empty interval.
-inline TileKeys fill_intervals(const Params& p, const Sequence& s, const Documents& documents, int64_t row, int64_t count,
-                               int64_t group, int64_t lanes, int32_t* first, int32_t* last) {
+// Fills the per-lane bounds of `count` rows of the sequence and returns the tile's. Lanes past `count` get an empty interval.
+inline TileKeys fill_intervals(const Params& p, const Sequence& s, const Documents& documents, const int32_t* rows, int64_t count,
+                               int64_t lanes, int32_t* first, int32_t* last) {
     TileKeys tile{{INT32_MAX, -1}, {0, INT32_MAX}};
     for (int64_t lane = 0; lane < lanes; ++lane) {
         if (lane >= count) {
@@ -147,7 +146,7 @@ inline TileKeys fill_intervals(const Params& p, const Sequence& s, const Documen
             last[lane] = -1;
             continue;
         }
-        const Interval keys = allowed_keys(p, s, documents, (row + lane) / group + s.offset);
+        const Interval keys = allowed_keys(p, s, documents, rows[lane] + s.offset);
         first[lane] = int32_t(std::min<int64_t>(keys.first, INT32_MAX));
         last[lane] = int32_t(std::max<int64_t>(keys.last, -1));
         if (keys.first <= keys.last) {

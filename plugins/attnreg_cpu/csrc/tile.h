@@ -16,26 +16,27 @@ struct Tile {
     int vectors;
     TileKeys keys;
     Operand* query;    // [operands of a row][lanes]
-    float* output;     // [channels][lanes]
+    float* output;     // [row][channels, in whole registers]
+    bool summed;       // is there anything in the output?
     float *top, *sum;  // [lanes] maximum, as a power of 2, and sum of weights
     int32_t *first, *last;  // [lanes] allowed keys
+    int32_t *row_of, *head_of;  // [lanes]: row of its sequence, and query head; lanes past the rows repeat the last one's
     int32_t *position, *document;  // [lanes]
     float* slope;      // [lanes]
     int64_t lanes() const { return int64_t(vectors) * LANES; }
 };
 
-// Where the rows of a work item come from and go to. Rows are position-major: row r is position r / group of head `head + r % group`.
+// Where the rows of a work item come from and go to: row r is row r / group of the sequence, of head `head + r % group`.
 struct ItemRows {
     int64_t head, group;
     int64_t first, count;  // rows of this item
-    int64_t position(int64_t row) const { return row / group; }
-    int64_t head_of(int64_t row) const { return head + row % group; }
 };
 
-template <class T>
-T* row_pointer(T* base, int64_t batch, int64_t head, int64_t row, const Sequence& s, const ItemRows& rows, int64_t r, bool packed) {
+// A tile's row in a [B, H, S, ...] tensor or a packed one.
+template <class T, class Operand>
+T* row_pointer(T* base, int64_t batch, int64_t head, int64_t row, const Sequence& s, const Tile<Operand>& t, int64_t lane, bool packed) {
     const int64_t start = packed ? s.q_first * row : s.batch * batch;
-    return base + start + rows.head_of(r) * head + rows.position(r) * row;
+    return base + start + t.head_of[lane] * head + t.row_of[lane] * row;
 }
 
 // Cuts the item into tiles of VECTORS registers; the last takes the fewest registers that hold its rows.
@@ -56,11 +57,13 @@ template <int VECTORS, int OPERANDS, int CHANNELS, class Operand>
 void place_tile(Carver& carver, Tile<Operand>& t) {
     constexpr int64_t lanes = int64_t(VECTORS) * LANES;
     t.query = carver.take<Operand>(OPERANDS * lanes);
-    t.output = carver.take<float>(CHANNELS * lanes);
+    t.output = carver.take<float>(lanes * whole_registers(CHANNELS));
     t.top = carver.take<float>(lanes);
     t.sum = carver.take<float>(lanes);
     t.first = carver.take<int32_t>(lanes);
     t.last = carver.take<int32_t>(lanes);
+    t.row_of = carver.take<int32_t>(lanes);
+    t.head_of = carver.take<int32_t>(lanes);
     t.position = carver.take<int32_t>(lanes);
     t.document = carver.take<int32_t>(lanes);
     t.slope = carver.take<float>(lanes);
@@ -69,22 +72,49 @@ void place_tile(Carver& carver, Tile<Operand>& t) {
 // Bounds, positions and per-head numbers of a tile's lanes.
 template <class Operand>
 void describe_tile(const Params& p, const Sequence& s, const Documents& documents, const ItemRows& rows, Tile<Operand>& t) {
-    t.keys = fill_intervals(p, s, documents, t.row, t.count, rows.group, t.lanes(), t.first, t.last);
+    int64_t row = t.row / rows.group, member = t.row % rows.group;
     for (int64_t lane = 0; lane < t.lanes(); ++lane) {
-        const int64_t r = t.row + std::min(lane, t.count - 1), position = rows.position(r) + s.offset;
-        t.position[lane] = int32_t(position);
-        t.document[lane] = documents.given() ? documents.id(s.batch, position) : 0;
-        t.slope[lane] = p.alibi ? p.alibi[s.batch * p.alibi_batch + rows.head_of(r)] : 0.0f;
+        t.row_of[lane] = int32_t(row);
+        t.head_of[lane] = int32_t(rows.head + member);
+        t.position[lane] = int32_t(row + s.offset);
+        t.document[lane] = documents.given() ? documents.id(s.batch, row + s.offset) : 0;
+        t.slope[lane] = p.alibi ? p.alibi[s.batch * p.alibi_batch + t.head_of[lane]] : 0.0f;
+        if (lane + 1 < t.count && ++member == rows.group) ++row, member = 0;
     }
+    t.keys = fill_intervals(p, s, documents, t.row_of, t.count, t.lanes(), t.first, t.last);
+}
+
+// What each group of the tile's rows attends of the run first .. first + count - 1, by bounds alone, in operands of WIDTH keys.
+template <int ROWS, int WIDTH, class Operand>
+void group_depths(const Tile<Operand>& t, int64_t first, int64_t count, Depths* out) {
+    const int64_t whole = (count + WIDTH - 1) / WIDTH;
+    const bool all = t.keys.all.first <= first && t.keys.all.last >= first + count - 1;
+    each_group<ROWS>([&](auto row, auto rows) {
+        constexpr int FIRST = decltype(row)::value, LAST = FIRST + decltype(rows)::value - 1;
+        Depths& depths = out[FIRST];
+        depths = {0, whole};
+        if (all) return;
+        const int64_t begin = *std::min_element(t.first + FIRST, t.first + LAST + 1) - first;
+        const int64_t end = *std::max_element(t.last + FIRST, t.last + LAST + 1) + 1 - first;
+        depths.end = std::clamp<int64_t>((end + WIDTH - 1) / WIDTH, 0, whole);
+        depths.begin = std::clamp<int64_t>(begin / WIDTH, 0, depths.end);
+    });
+}
+
+// Sums a run into the tile's output: values[j] times weights[j][row]; rescale[row] is for what was summed before.
+template <int NV, int CHANNELS, class Operand>
+void sum_values(Tile<Operand>& t, int64_t first, int64_t count, Panels<Operand> values, const Operand* weights, const float* rescale) {
+    Depths depths[NV * LANES];
+    group_depths<NV * LANES, Operand::WIDTH>(t, first, count, depths);
+    multiply_values<NV * LANES, whole_registers(CHANNELS)>(depths, values, weights, t.output, t.summed ? rescale : nullptr);
+    t.summed = true;
 }
 
 // Pointers to the rows of a [B, Hq, Sq, Skv] tensor that a tile's lanes read; null past the tile's rows.
 template <class T, class Operand>
-void lane_rows(const T* base, int64_t batch, int64_t head, int64_t row, const Sequence& s, const ItemRows& rows,
-               const Tile<Operand>& t, const T** out) {
+void lane_rows(const T* base, int64_t batch, int64_t head, int64_t row, const Sequence& s, const Tile<Operand>& t, const T** out) {
     for (int64_t lane = 0; lane < t.lanes(); ++lane) {
-        const int64_t r = t.row + lane;
-        out[lane] = lane < t.count ? base + s.batch * batch + rows.head_of(r) * head + rows.position(r) * row : nullptr;
+        out[lane] = lane < t.count ? row_pointer(base, batch, head, row, s, t, lane, false) : nullptr;
     }
 }
 
