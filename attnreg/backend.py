@@ -10,7 +10,7 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem
 from attnreg.space import Config, SearchSpace, Value
 
-__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds"]
+__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds", "version_for"]
 
 Prepared = Callable[..., Any]
 """`run(q, k, v, **tensors)`: the output, or (out, lse) where the spec says return_lse.
@@ -27,7 +27,9 @@ class Backend(Protocol):
     name: unique, lower case, such as "triton_flash". version: changes when the kernels change; it is part of
     every record's key, so that a stale measurement is seen.
 
-    Optional methods: `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured),
+    Optional methods: `version_for(problem, hardware) -> str` (of the kernels that serve the problem, where a change to
+    some leaves others as they were: records name it in place of `version`),
+    `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured),
     `cross_compile(problem, config, target) -> StaticReport | None` for a target of `attnreg.targets`, and
     `foresee(problem, config, target) -> float` (modelled seconds without compiling, which orders the compiling).
     """
@@ -77,6 +79,17 @@ class StaticReport:
     seconds: float | None = None
     refused: str = ""
     culprit: Mapping[str, Value] = field(default_factory=dict)
+
+
+def version_for(backend: Backend, problem: Problem, hardware: Hardware) -> str:
+    """The version that records of the problem name: that of the kernels which serve it, where the backend tells."""
+    own = getattr(backend, "version_for", None)
+    if own is None:
+        return backend.version
+    try:
+        return str(own(problem, hardware))
+    except Exception:
+        return backend.version
 
 
 def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> float | None:

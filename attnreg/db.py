@@ -25,7 +25,7 @@ __all__ = [
     "merge",
     "promote",
     "prune",
-    "versions",
+    "stale",
 ]
 
 
@@ -69,9 +69,9 @@ def load(path: str | Path) -> tuple[list[Record], list[Broken]]:
     return [r for c in contents for r in c.records], [b for c in contents for b in c.named()]
 
 
-def versions() -> dict[str, str]:
-    """Backend name -> version, as loaded now."""
-    return {name: entry.backend.version for name, entry in registry.current().entries.items()}
+def stale(record: Record, hardware: Hardware) -> tuple[str, ...]:
+    """What differs between the record's circumstances and today's on this hardware; empty if the record is fresh."""
+    return record.stale(hardware, registry.current().versions(record.problem, hardware))
 
 
 def diff(left: Iterable[Record], right: Iterable[Record]) -> list[Difference]:
@@ -187,10 +187,10 @@ def prune(
 
     which: says why a record should go, "" to keep it; stale ones unless given.
     """
-    root, now_loaded = Path(path), versions()
+    root = Path(path)
 
     def judge(record: Record) -> str:
-        return which(record) if which is not None else "; ".join(record.stale(hardware, now_loaded))
+        return which(record) if which is not None else "; ".join(stale(record, hardware))
 
     out: list[Removed] = []
     for file in files(root / hardware.slug):
@@ -212,7 +212,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _unusable(record: Record, hardware: Hardware) -> list[str]:
-    out = [f"stale: {what}" for what in record.stale(hardware, versions())]
+    out = [f"stale: {what}" for what in stale(record, hardware)]
     entry = registry.current().entries.get(record.backend)
     if entry is None:
         return [*out, f"backend {record.backend} is not loaded"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnreg import registry, store
-from attnreg.backend import Backend, estimate_seconds
+from attnreg.backend import Backend, estimate_seconds, version_for
 from attnreg.errors import ConfigError, UnsupportedError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
@@ -122,9 +122,10 @@ class _Ladder:
         self.backends = backends
         self.reasons = reasons
         self.notes: dict[str, str] = {}
-        versions = {name: backend.version for name, backend in backends.items()}
         # Tracing changes who can run, not who is fastest: records are those of the untraced problem.
-        self.matches = store.current().find(replace(problem, traced=False), hardware, versions)
+        untraced = replace(problem, traced=False)
+        versions = {name: version_for(backend, untraced, hardware) for name, backend in backends.items()}
+        self.matches = store.current().find(untraced, hardware, versions)
 
     def able(self, name: str) -> bool:
         return name in self.reasons and not self.reasons[name]

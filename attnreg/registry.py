@@ -17,9 +17,10 @@ from typing import Any
 import pluggy
 
 from attnreg import hookspecs
-from attnreg.backend import Backend, Finding
+from attnreg.backend import Backend, Finding, version_for
 from attnreg.errors import PluginError, UnknownBackendError
 from attnreg.hardware import Hardware
+from attnreg.problem import Problem
 
 __all__ = ["Entry", "Failure", "Registry", "current", "on_change", "reload", "using"]
 
@@ -81,6 +82,10 @@ class Registry:
         for failure in self.failures:
             text += f"; plugin {failure.plugin!r} was set aside at {failure.step}: {failure.reason}"
         raise UnknownBackendError(text)
+
+    def versions(self, problem: Problem, hardware: Hardware) -> dict[str, str]:
+        """Backend name -> version of its kernels for the problem, as loaded now."""
+        return {name: version_for(entry.backend, problem, hardware) for name, entry in sorted(self.entries.items())}
 
     def findings(self, hardware: Hardware) -> list[tuple[str, Finding]]:
         """What each plugin's `attnreg_doctor` says; one that raises is itself a finding."""

@@ -189,7 +189,7 @@ def _stale(record: Record) -> tuple[str, ...]:
     here = detect()
     if record.slug != here.slug:
         return ()
-    return record.stale(here, db.versions())
+    return db.stale(record, here)
 
 
 def _state(record: Record) -> str:

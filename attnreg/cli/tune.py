@@ -219,7 +219,6 @@ def _line(case: Case, result: Result) -> str:
 def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) -> None:
     """What would be searched, from where it would start, and what is known already."""
     entries = registry.current().entries
-    versions = {name: entry.backend.version for name, entry in entries.items()}
     table = Table("problem", "backends (points)", "starts from", "known", box=None, pad_edge=False)
     for case in cases:
         hardware = hardware_of(case.problem)
@@ -232,6 +231,7 @@ def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) ->
                     points[name] = sum(1 for _ in entry.backend.space(case.problem, hardware).points())
             except Exception as error:  # a plugin may raise anything; the tune itself will name it
                 console.print(f"{name}: {type(error).__name__}: {error}", style="yellow")
+        versions = registry.current().versions(case.problem, hardware)
         matches = store.current().find(case.problem, hardware, versions, cache=options.cache)
         seeds = [f"{m.rung} {m.backend}" + (f" ({m.distance:g} octaves)" if m.distance else "") for m in matches]
         match = None if again else known(case.problem, options.cache)

@@ -106,7 +106,7 @@ class Round:
 
 @dataclass(frozen=True)
 class About:
-    """A bench on itself. versions: of the backends that it loaded. timer: "perf_counter" or "cuda_graphs"."""
+    """A bench on itself. versions: of the backends it loaded, for its problem. timer: "perf_counter", "cuda_graphs"."""
 
     versions: Mapping[str, str]
     timer: str

@@ -53,8 +53,7 @@ class LocalBench:
 
     def about(self) -> About:
         """See `Bench.about`."""
-        versions = {name: entry.backend.version for name, entry in registry.current().entries.items()}
-        return About(versions, self.clock.name)
+        return About(registry.current().versions(self.plan.problem, self.hardware), self.clock.name)
 
     def gate(self, candidate: Candidate, budget: Literal["quick", "full"] = "quick") -> Verdict:
         """Check against the oracle, on adversarial inputs. A candidate outside its space is refused here."""

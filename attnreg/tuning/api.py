@@ -72,8 +72,9 @@ def tune(
 
 def known(problem: Problem, cache: Literal["warm", "cold"] = "warm") -> Match | None:
     """The fresh, exact record of this user for the problem, if there is one. Raises TuneError off its device."""
-    versions = {name: entry.backend.version for name, entry in registry.current().entries.items()}
-    matches = store.current().find(problem, hardware_of(problem), versions, cache=cache)
+    hardware = hardware_of(problem)
+    versions = registry.current().versions(problem, hardware)
+    matches = store.current().find(problem, hardware, versions, cache=cache)
     return next((m for m in matches if m.rung == "user" and not m.stale), None)
 
 

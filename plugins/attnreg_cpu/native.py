@@ -24,8 +24,15 @@ class NativeBackend:
     name = "cpu"
 
     def __init__(self) -> None:
-        digests = "".join(build.source_digest(source) for source in SOURCES)
-        self.version = hashlib.sha256(digests.encode()).hexdigest()[:12]  # changes with any kernel source
+        self.version = _digest(*SOURCES)  # changes with any kernel source
+
+    def version_for(self, problem: Problem, hardware: Hardware) -> str:
+        """Changes with the sources of the path that serves the problem."""
+        if _decodes(problem, hardware):
+            return f"decode-{_digest('decode.cpp')}"
+        if problem.needs_grad:
+            return f"backward-{_digest('forward.cpp', 'backward.cpp')}"
+        return f"forward-{_digest('forward.cpp')}"
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason why the problem cannot be computed exactly as said; empty if it can."""
@@ -61,6 +68,11 @@ class NativeBackend:
         from attnreg_cpu.ahead import build_all
 
         return build_all(hardware, **options)
+
+
+def _digest(*sources: str) -> str:
+    digests = "".join(build.source_digest(source) for source in sources)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def _decodes(problem: Problem, hardware: Hardware) -> bool:

@@ -33,8 +33,8 @@ def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (what is
-    copied to dense memory first, of what can be read where it lies) and, for bfloat16, pairs (the CPU's bfloat16 dot, or
-    float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv.
+    copied to dense memory first, of what can be read where it lies) and, for bfloat16, pairs (the CPU's bfloat16 dot,
+    or float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
@@ -90,7 +90,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
 
 
 def _packs(problem: Problem, pairs: bool) -> list[str]:
-    """Only rows that hold the operands of the products already can be read in place: float32, and keys of bfloat16 pairs."""
+    """What can be read in place are rows that hold the products' operands: float32, and keys of bfloat16 pairs."""
     if problem.dtype == "float32":
         return list(PACKS)
     return list(PACKS[1:] if pairs else PACKS[2:])

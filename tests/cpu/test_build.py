@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
-from attnreg import errors, hardware
+from attnreg import AttentionSpec, errors, hardware, masks
+from attnreg.suites import attention_problem
 from attnreg_cpu import build, params
 from attnreg_cpu.doctor import findings
 from attnreg_cpu.native import NativeBackend
@@ -140,3 +142,35 @@ def test_params_match_the_header() -> None:
     assert library.attnreg_params_size() == params.SIZE == 8 * len(params.FIELDS)
     assert [code for name, code in params.FIELDS if name in ("scale", "softcap")] == ["d", "d"]
     assert len({name for name, _ in params.FIELDS}) == len(params.FIELDS)
+
+
+CAUSAL = AttentionSpec(mask=masks.Causal())
+PATHS = {
+    "decode": attention_problem(CAUSAL, (8, 2), 1, 512, 64),
+    "forward": attention_problem(CAUSAL, (8, 2), 512, 512, 64),
+    "backward": attention_problem(CAUSAL, (8, 2), 512, 512, 64, grad=True),
+}
+
+
+@pytest.mark.parametrize(("changed", "paths"), [
+    ("decode_scores.h", {"decode"}),
+    ("forward.h", {"forward", "backward"}),
+    ("backward.h", {"backward"}),
+    ("vmath.h", {"decode", "forward", "backward"}),
+])  # fmt: skip
+def test_a_changed_source_makes_records_of_its_own_path_stale(
+    changed: str, paths: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, backend = hardware.detect("cpu"), NativeBackend()
+    before = {path: backend.version_for(problem, here) for path, problem in PATHS.items()}
+    copy = tmp_path / "csrc"
+    shutil.copytree(build.SOURCE_DIR, copy)
+    (copy / changed).write_text((copy / changed).read_text() + "\n// changed\n")
+    monkeypatch.setattr(build, "SOURCE_DIR", copy)
+    build.source_digest.cache_clear()
+    try:
+        after = {path: backend.version_for(problem, here) for path, problem in PATHS.items()}
+        assert NativeBackend().version != backend.version
+    finally:
+        build.source_digest.cache_clear()
+    assert {path for path in PATHS if before[path] != after[path]} == paths

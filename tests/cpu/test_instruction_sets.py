@@ -35,7 +35,9 @@ NAMES = (
     "union_padding_alibi",
 )
 CHOSEN = [case for case in CASES if case.name in NAMES]
-PAIRED = [c for c in CHOSEN if c.name in ("mqa_wide_values", "window_causal", "bias", "sinks_empty_rows", "thd", "bigbird")]
+PAIRED = [
+    c for c in CHOSEN if c.name in ("mqa_wide_values", "window_causal", "bias", "sinks_empty_rows", "thd", "bigbird")
+]
 
 FLAGS = set(build.cpu_identity().replace("'", " ").split())
 MARCHES = ["x86-64-v3", "x86-64"]

@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from records_for_tests import problem
 from typer.testing import CliRunner
 
 import attnreg
 from attnreg import AttentionSpec, errors, registry
 from attnreg.cli import app, commands
+from attnreg.hardware import Hardware, detect
+from attnreg.problem import Problem
 
 GOOD = """
     import attnreg, torch
@@ -139,3 +142,21 @@ def test_public_names_exist() -> None:
         assert getattr(attnreg, name) is not None
     assert callable(attnreg.tune)
     assert callable(attnreg.record)
+
+
+def test_records_name_the_version_of_the_kernels_that_serve_them() -> None:
+    class Paths:
+        name, version = "paths", "all"
+
+        def version_for(self, problem: Problem, hardware: Hardware) -> str:
+            if problem.sq == 2:
+                raise RuntimeError("broken")
+            return f"path-{problem.sq == 1}"
+
+    class Plain:
+        name, version = "plain", "1"
+
+    here = detect("cpu")
+    loaded = registry.Registry({b.name: registry.Entry(b, "p", "here") for b in (Paths(), Plain())})  # type: ignore[arg-type]
+    for sq, expected in ((1, "path-True"), (8, "path-False"), (2, "all")):
+        assert loaded.versions(problem(sq=sq), here) == {"paths": expected, "plain": "1"}
