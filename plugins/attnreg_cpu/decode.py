@@ -56,7 +56,8 @@ def decode_supports(problem: Problem, hardware: Hardware) -> list[str]:
     reasons = []
     if not is_decode(problem, hardware):
         rows = problem.sq * problem.group
-        reasons.append(f"{rows} query rows a KV head: decoding takes at most {MOST_ROWS} over an unquantised cache")
+        most = f"at most {MOST_ROWS}, or {MOST_ROWS_OF_IDLE_CORES} that would leave prefill's cores idle"
+        reasons.append(f"{rows} query rows a KV head: decoding takes {most}, over an unquantised cache")
     if problem.needs_grad:
         reasons.append(f"gradients of {', '.join(sorted(problem.grads))}: decoding has none")
     if problem.dtype not in Q_TYPES:
