@@ -10,7 +10,7 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem
 from attnreg.space import Config, SearchSpace, Value
 
-__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds", "version_for"]
+__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds", "versions_for"]
 
 Prepared = Callable[..., Any]
 """`run(q, k, v, **tensors)`: the output, or (out, lse) where the spec says return_lse.
@@ -81,8 +81,13 @@ class StaticReport:
     culprit: Mapping[str, Value] = field(default_factory=dict)
 
 
-def version_for(backend: Backend, problem: Problem, hardware: Hardware) -> str:
-    """The version that records of the problem name: that of the kernels which serve it, where the backend tells."""
+def versions_for(backends: Mapping[str, Backend], problem: Problem, hardware: Hardware) -> dict[str, str]:
+    """Backend name -> the version that records of the problem name, sorted by name."""
+    return {name: _version_for(backend, problem, hardware) for name, backend in sorted(backends.items())}
+
+
+def _version_for(backend: Backend, problem: Problem, hardware: Hardware) -> str:
+    """The version of the kernels that serve the problem, where the backend tells; else that of the whole."""
     own = getattr(backend, "version_for", None)
     if own is None:
         return backend.version

@@ -194,7 +194,7 @@ def prune(
 
     out: list[Removed] = []
     for file in files(root / hardware.slug):
-        out += [Removed(r, judge(r)) for r in read(file).records if judge(r)]
+        out += [Removed(r, why) for r in read(file).records if (why := judge(r))]
         if apply:
             rewrite(root, file, lambda now: [r for r in now if not judge(r)])
     return out

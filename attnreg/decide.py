@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnreg import registry, store
-from attnreg.backend import Backend, estimate_seconds, version_for
+from attnreg.backend import Backend, estimate_seconds, versions_for
 from attnreg.errors import ConfigError, UnsupportedError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
@@ -124,8 +124,7 @@ class _Ladder:
         self.notes: dict[str, str] = {}
         # Tracing changes who can run, not who is fastest: records are those of the untraced problem.
         untraced = replace(problem, traced=False)
-        versions = {name: version_for(backend, untraced, hardware) for name, backend in backends.items()}
-        self.matches = store.current().find(untraced, hardware, versions)
+        self.matches = store.current().find(untraced, hardware, versions_for(backends, untraced, hardware))
 
     def able(self, name: str) -> bool:
         return name in self.reasons and not self.reasons[name]

@@ -17,7 +17,7 @@ from typing import Any
 import pluggy
 
 from attnreg import hookspecs
-from attnreg.backend import Backend, Finding, version_for
+from attnreg.backend import Backend, Finding, versions_for
 from attnreg.errors import PluginError, UnknownBackendError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
@@ -85,7 +85,7 @@ class Registry:
 
     def versions(self, problem: Problem, hardware: Hardware) -> dict[str, str]:
         """Backend name -> version of its kernels for the problem, as loaded now."""
-        return {name: version_for(entry.backend, problem, hardware) for name, entry in sorted(self.entries.items())}
+        return versions_for({name: entry.backend for name, entry in self.entries.items()}, problem, hardware)
 
     def findings(self, hardware: Hardware) -> list[tuple[str, Finding]]:
         """What each plugin's `attnreg_doctor` says; one that raises is itself a finding."""

@@ -14,7 +14,7 @@ import optuna
 import torch
 
 from attnreg import registry, store
-from attnreg.backend import Backend, estimate_seconds, version_for
+from attnreg.backend import Backend, estimate_seconds, versions_for
 from attnreg.errors import SpecError, TuneError
 from attnreg.hardware import Hardware, detect
 from attnreg.measure import Bench, Candidate, LocalBench, Plan, Worker
@@ -76,7 +76,7 @@ class _Setting:
 
     @property
     def versions(self) -> dict[str, str]:
-        return {n: version_for(backend, self.problem, self.hardware) for n, backend in sorted(self.backends.items())}
+        return versions_for(self.backends, self.problem, self.hardware)
 
     def left(self) -> float:
         limit = self.options.seconds

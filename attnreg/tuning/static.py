@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from attnreg import registry, store
-from attnreg.backend import Backend, StaticReport, version_for
+from attnreg.backend import Backend, StaticReport, versions_for
 from attnreg.decide import WRITTEN_ORDER
 from attnreg.errors import TuneError
 from attnreg.hardware import Hardware
@@ -268,7 +268,7 @@ def _record(
     for candidate, why in refused:
         name, count, first = summary.get(candidate.backend, (candidate.backend, 0, why[:500]))
         summary[name] = (name, count + 1, first)
-    versions = {name: version_for(backend, problem, hardware) for name, backend in able.items()}
+    versions = versions_for(able, problem, hardware)
     return Record(
         problem=problem,
         backend=best.backend,
