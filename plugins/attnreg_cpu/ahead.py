@@ -1,4 +1,7 @@
-"""Compile kernels before they are needed, for images and machines that have no compiler at run time."""
+"""Compile kernels before they are needed, for images and machines that have no compiler at run time.
+
+There, what lies in the cache serves if it was built on the same CPU by the same release, whatever compiler made it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from attnreg import Hardware, errors
 from attnreg_cpu import build
 from attnreg_cpu.decode import CACHES
-from attnreg_cpu.tuning_space import VECTORS, has_bfloat_dot, preferred_vectors
+from attnreg_cpu.tuning_space import VECTORS, pairs_of, preferred_vectors
 from attnreg_cpu.variant import ELEMENTS, Variant
 
 HEAD_DIMS = (64, 96, 128)
@@ -31,7 +34,8 @@ def build_all(
 
     gradients: the backward kernels too. whole_space: every micro-kernel shape that the tuner may try, not only those
     that are used without tuning. jobs: compilers at once; the usable cores by default. `say` gets a line for each.
-    Raises BuildError where the compiler is missing or refuses, InputError for a dtype that no kernel takes.
+    Raises BuildError where the compiler refuses, or where there is none and a library does not lie ready; InputError
+    for a dtype that no kernel takes.
     """
     unknown = [dtype for dtype in dtypes if dtype not in ELEMENTS]
     if unknown:
@@ -55,7 +59,7 @@ def _work(
     for cache in CACHES.values():
         yield "decode.cpp", {"ATTNREG_CACHE": cache}
     for dtype in dtypes:
-        pairs = [True, False] if dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
+        pairs = pairs_of(dtype, hardware)
         for head_dim in head_dims:
             for vectors in VECTORS if whole_space else preferred_vectors(hardware):
                 for pair in pairs if whole_space else pairs[:1]:

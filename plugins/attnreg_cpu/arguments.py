@@ -26,6 +26,15 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def longest(tensors: Mapping[str, Any], side: str) -> int:
+    """Rows that named tensors of a packed call are sized by: max_seqlen_q or _k where given, else the longest's."""
+    given = tensors.get(f"max_seqlen_{side}")
+    if given is not None:
+        return int(given)
+    lengths = tensors[f"cu_seqlens_{side}"].diff()
+    return int(lengths.max()) if len(lengths) else 0
+
+
 class Arguments:
     """Fills params for calls of one prepared problem. Immutable, so that calls may run on several threads at once.
 
@@ -87,7 +96,9 @@ class Arguments:
             values[params.INDEX[name]] = value
 
         for name, field, wide in _INTEGERS:
-            _put_integers(put, kept, tensors.get(name), field, wide)
+            # A stronger part of the mask may leave a prefix without a meaning.
+            if name != "prefix_lengths" or self._mask.prefix_tensor:
+                _put_integers(put, kept, tensors.get(name), field, wide)
         if tensors.get("block_table") is not None:
             put("table_row", kept[-1].stride(0) if kept[-1].shape[0] > 1 else kept[-1].shape[1])
         if self._mask.document and tensors.get("document_ids") is not None:

@@ -187,10 +187,8 @@ class Decode:
     def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(out, lse or None)."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-        if self._like_q:
-            out = torch.empty_like(q)
-        else:
-            out = torch.empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
+        if not self._like_q or (out := torch.empty_like(q)).stride(-1) != 1:  # of overlapping rows it is not dense
+            out = q.new_empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
         lse = self._empty_lse(q) if self._return_lse else None
         if self._page_size is not None:
             skv = tensors["block_table"].shape[1] * self._page_size
@@ -208,7 +206,7 @@ class Decode:
 
     def _empty_lse(self, q: Tensor) -> Tensor:
         *batch, a, b = q.shape[:-1]
-        return torch.empty(*batch, *((a, b) if self._layout == "bhsd" else (b, a)), dtype=torch.float32)
+        return q.new_empty(*batch, *((a, b) if self._layout == "bhsd" else (b, a)), dtype=torch.float32)
 
     def _scale_end(self, tensors: Mapping[str, Any], kept: list[Tensor], skv: int) -> bytes:
         """The struct's end with the scales' places, which `kept` keeps alive."""

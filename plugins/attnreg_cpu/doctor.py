@@ -5,32 +5,43 @@ from __future__ import annotations
 import os
 
 from attnreg import Finding
-from attnreg_cpu import build
+from attnreg_cpu import build, library_files
 
 
 def findings() -> list[Finding]:
     """Compiler, cache folder and OpenMP runtime."""
+    return [_compiler(), _cache(), _threads()]
+
+
+def _compiler() -> Finding:
     compiler = build.find_compiler()
     if compiler is None:
-        compiler_line = Finding("cpu: compiler", False, "none on PATH", build.INSTALL_HINT)
-    else:
-        compiler_line = Finding("cpu: compiler", True, build.compiler_version(compiler))
-    return [compiler_line, _cache(), _threads()]
+        detail = f"{build.no_compiler()}, so only kernels that lie compiled in the cache run"
+        todo = f"{build.INSTALL_HINT}, or run `attnreg build` {build.ELSEWHERE}"
+        return Finding("cpu: compiler", False, detail, todo)
+    return Finding("cpu: compiler", True, build.compiler_version(compiler, *build.compiler_arguments()))
 
 
 def _cache() -> Finding:
-    folder = build.cache_dir()
+    folder = library_files.cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False
-    if not writable:
+    compiles = build.find_compiler() is not None
+    if compiles and not writable:
         return Finding(
             "cpu: kernel cache", False, f"{folder} cannot be written", "set ATTNREG_CACHE_DIR to a writable folder"
         )
-    count = sum(1 for _ in folder.glob("*.so"))
-    return Finding("cpu: kernel cache", True, f"{folder} holds {count} compiled kernels")
+    found = library_files.libraries()
+    damaged = [path.name for path in found if not library_files.is_whole(path)]
+    detail = f"{folder} holds {len(found) - len(damaged)} compiled kernels"
+    if damaged:
+        detail += f" and {len(damaged)} damaged or unreadable: {', '.join(damaged)}"
+        again = "calls compile anew what they need" if compiles else "and run `attnreg build` where there is a compiler"
+        return Finding("cpu: kernel cache", False, detail, f"delete these files: {again}")
+    return Finding("cpu: kernel cache", True, detail)
 
 
 def _threads() -> Finding:

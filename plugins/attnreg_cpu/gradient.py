@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from attnreg_cpu.arguments import dense_rows, strides_of
+from attnreg import errors
+from attnreg_cpu.arguments import dense_rows, longest, strides_of
 from attnreg_cpu.threads import thread_count
 from attnreg_cpu.variant import Kernel
 
@@ -71,13 +71,14 @@ class Differentiable:
         kv_heads = k.shape[1] if forward.layout != "bshd" else k.shape[2]
         d_out = dense_rows(d_out)
         # Packed rows of no sequence are never written.
-        d_q = (torch.zeros if forward.layout == "thd" else torch.empty)(q.shape, dtype=q.dtype)
+        d_q = (q.new_zeros if forward.layout == "thd" else q.new_empty)(q.shape)
         shares = shares_of(batch * kv_heads, thread_count())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = None
         more: dict[str, int] = {"splits": shares}
         if with_bias:
-            d_bias = torch.zeros(batch, lse.shape[-2], *_bias_size(q, skv, tensors, forward.layout))
+            size = (batch, lse.shape[-2], *_bias_size(q, skv, tensors, forward.layout))
+            d_bias = lse.new_zeros(size)
             more |= {"d_bias": d_bias.data_ptr(), "d_bias_rows": d_bias.shape[2], "d_bias_keys": d_bias.shape[3]}
         layout = forward.layout
         _put(more, "d_out", d_out, layout)
@@ -120,30 +121,50 @@ class _Attention(torch.autograd.Function):
         named = {**tensors, **{n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}}
         out, lse = call.compute(q, k, v, named)
         assert lse is not None
-        ctx.call, ctx.tensors = call, tensors
-        ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
+        ctx.call = call
+        # Saved, all tensors are watched: one that is overwritten before the backward pass is torch's error.
+        ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
+        ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
+        ctx.save_for_backward(q, k, v, out, lse, bias, sinks, *(tensors[name] for name in ctx.names))
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, bias, sinks = ctx.saved_tensors
+        q, k, v, out, lse, bias, sinks, *saved = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * 7
         if d_out is None:
             d_out = torch.zeros_like(out)
-        call: Differentiable = ctx.call
-        given = {n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}
+        named = {**ctx.rest, **dict(zip(ctx.names, saved, strict=True))}
+        named |= {n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}
         wanted = (bias is not None and ctx.needs_input_grad[5], sinks is not None and ctx.needs_input_grad[6])
-        found = call.backward((q, k, v), {**ctx.tensors, **given}, (out, lse), (d_out, d_lse), wanted)
+        found = _Gradients.apply(ctx.call, named, wanted, q, k, v, out, lse, d_out, d_lse)  # type: ignore[no-untyped-call]
         return None, None, *found
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, so that a second derivative meets an error, not a missing edge."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Differentiable, named: dict[str, Any], wanted: tuple[bool, bool], *x: Any) -> Any:
+        q, k, v, out, lse, d_out, d_lse = x
+        return call.backward((q, k, v), named, (out, lse), (d_out, d_lse), wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        never(ctx, *upstream)
+
+
+def never(ctx: Any, *upstream: Any) -> Any:
+    """The backward of a backward pass."""
+    raise errors.BackendError("cpu: no second derivative; attnreg.use_backend('eager') computes one")
 
 
 def _sums(x: Tensor, shares: int) -> Tensor:
     """Float32 zeros shaped like x, once a share, with rows padded to whole vectors."""
     padded = -(-x.shape[-1] // LANES) * LANES
-    return torch.zeros(shares, *x.shape[:-1], padded)
+    return x.new_zeros(shares, *x.shape[:-1], padded, dtype=torch.float32)
 
 
 def _finished(sums: Tensor, x: Tensor) -> Tensor:
@@ -162,9 +183,8 @@ def _bias_size(q: Tensor, skv: int, tensors: Mapping[str, Any], layout: str) -> 
     """Rows and keys of the bias that a call may read."""
     if layout != "thd":
         return (q.shape[2] if layout == "bhsd" else q.shape[1]), skv
-    keys = tensors.get("cu_seqlens_k")
-    longest = int(tensors["cu_seqlens_q"].diff().max()) if len(tensors["cu_seqlens_q"]) > 1 else 0
-    return longest, skv if keys is None else (int(keys.diff().max()) if len(keys) > 1 else 0)
+    paged = tensors.get("cu_seqlens_k") is None
+    return longest(tensors, "q"), skv if paged else longest(tensors, "k")
 
 
 def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str) -> Tensor:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace, masks
-from attnreg_cpu import build
-from attnreg_cpu.decode import decode_space, decode_supports, is_decode
+from attnreg_cpu import build, library_files
+from attnreg_cpu.decode import CACHES, decode_space, decode_supports, is_decode
 from attnreg_cpu.estimate import estimate
 from attnreg_cpu.prefill import prefill_supports
 from attnreg_cpu.run import run_of
-from attnreg_cpu.tuning_space import kernel_space
+from attnreg_cpu.tuning_space import every_shape, kernel_space, ready_shapes
+from attnreg_cpu.variant import variants_of
 
 SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
 
@@ -39,11 +40,12 @@ class NativeBackend:
         reasons = _machine_reasons(problem)
         if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
             reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
-        if is_decode(problem, hardware):
-            decode = decode_supports(problem, hardware)
-            # What decoding does not take, prefill may; its reasons count where both refuse.
-            return reasons + (decode if not decode else prefill_supports(problem))
-        return reasons + prefill_supports(problem)
+        decodes = _decodes(problem, hardware)
+        # What decoding does not take, prefill may; its reasons count where both refuse.
+        reasons += [] if decodes else prefill_supports(problem)
+        if not reasons and build.find_compiler() is None:
+            reasons = _lacking_kernels(problem, hardware, decodes)
+        return reasons
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """The choices of the path that serves the problem."""
@@ -85,6 +87,27 @@ def _machine_reasons(problem: Problem) -> list[str]:
         reasons.append(f"device {problem.device}: the native kernels run on the CPU only")
     if not sys.platform.startswith("linux"):
         reasons.append(f"platform {sys.platform}: the native kernels are built on Linux only")
-    elif build.find_compiler() is None:
-        reasons.append(f"no C++ compiler: {build.INSTALL_HINT}")
     return reasons
+
+
+def _lacking_kernels(problem: Problem, hardware: Hardware, decodes: bool) -> list[str]:
+    """Why the problem cannot be computed without a compiler; empty where its kernels lie ready."""
+    wanted: list[tuple[str, dict[str, int | str]]]
+    if decodes:
+        wanted = [("decode.cpp", {"ATTNREG_CACHE": CACHES[problem.kv_dtype]})]
+        ready = build.ready(*wanted[0]) is not None
+        what, how = f"decode kernels of {problem.kv_dtype} caches", "run `attnreg build`"
+    else:
+        d, d_v, shapes = problem.head_dim, problem.head_dim_v, every_shape(problem, hardware)
+        wanted = [(one.source, one.defines()) for shape in shapes for one in variants_of(problem, *shape)]
+        ready = bool(ready_shapes(problem, hardware))
+        what = f"{'backward' if problem.needs_grad else 'forward'} kernels of {problem.dtype}, head_dim {d} and {d_v}"
+        # `attnreg build` takes one size for q, k and v.
+        how = f"run `attnreg build --head-dims {d} --dtypes {problem.dtype}`" if d == d_v else "make such a call"
+    if ready:
+        return []
+    lack = f"{library_files.cache_dir()} holds no {what}"
+    damaged = [path.name for one in wanted for path in build.candidates(*one) if not library_files.is_whole(path)]
+    if damaged:
+        lack += f" but damaged ones, which can be deleted ({', '.join(damaged)})"
+    return [f"{build.no_compiler()}, and {lack}: {how} {build.ELSEWHERE}, or {build.INSTALL_HINT}"]

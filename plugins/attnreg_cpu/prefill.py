@@ -58,10 +58,10 @@ class Forward:
     ) -> tuple[Tensor, Tensor | None]:
         """(out, lse or None: where neither the problem nor the caller asks for it)."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-        out = torch.empty(*q.shape[:-1], self._head_dim_v, dtype=q.dtype)
+        out = q.new_empty(*q.shape[:-1], self._head_dim_v)
         lse = None
         if with_lse or self.return_lse:
-            lse = torch.empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
+            lse = q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
         self.launch(self._kernel, (q, k, v), out, lse, tensors, {})
         return out, lse
 
@@ -120,6 +120,8 @@ def prefill_supports(problem: Problem) -> list[str]:
         reasons.append(f"head_dim {problem.head_dim} and {problem.head_dim_v}: at most {MAX_HEAD_DIM}")
     if max(problem.sq, problem.skv) >= 2**31:
         reasons.append(f"{max(problem.sq, problem.skv)} rows: positions are 32-bit in the kernels")
+    if "alibi_slopes" in problem.grads:
+        reasons.append("gradient of alibi_slopes: the native kernels compute none")
     if problem.needs_grad and spec.page_size is not None:
         reasons.append("gradients into a paged cache: only contiguous keys and values have them here")
     return reasons

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,10 @@ import torch
 from torch import Tensor
 
 from attnreg import Problem, blocks, sparsity
+from attnreg_cpu.arguments import longest
 from attnreg_cpu.conjunction import read_conjunction
+
+KEPT = 16
 
 
 def needs_layout(problem: Problem) -> bool:
@@ -18,13 +23,13 @@ def needs_layout(problem: Problem) -> bool:
 
 
 class Layouts:
-    """Block layouts of one prepared problem. A layout that no call tensor can change is kept by its sizes."""
+    """Block layouts of one prepared problem. The latest that no call tensor can change are kept by their sizes."""
 
     def __init__(self, problem: Problem, block_q: int, block_kv: int) -> None:
         self._spec = problem.spec
         self._heads = problem.q_heads
         self._blocks = (block_q, block_kv)
-        self._kept: dict[tuple[int, int, int], blocks.BlockLayout] = {}
+        self._kept: collections.OrderedDict[tuple[int, int, int], blocks.BlockLayout] = collections.OrderedDict()
 
     def params(
         self, q: Tensor, batch: int, skv: int, tensors: Mapping[str, Any]
@@ -51,19 +56,23 @@ class Layouts:
         sq = 0 if packed else (q.shape[2] if spec.layout == "bhsd" else q.shape[1])
         if not tensors:
             key = (batch, sq, skv)
-            if key not in self._kept:
-                self._kept[key] = self._build(sq, skv, batch, tensors, {})
-            return self._kept[key]
+            kept = self._kept.get(key)
+            if kept is None:
+                kept = self._kept[key] = self._build(sq, skv, batch, tensors, {})
+                while len(self._kept) > KEPT:  # a growing cache has a layout a step
+                    with contextlib.suppress(KeyError):  # another thread was there first
+                        self._kept.popitem(last=False)
+            return kept
         sizes: dict[str, Any] = {}
         used: Tensor | int = skv
         rows: Tensor | int = sq
         if packed:
             lengths: Tensor = tensors["cu_seqlens_q"].diff().long()
-            rows, sq = lengths, int(lengths.max()) if batch else 0
+            rows, sq = lengths, longest(tensors, "q")
             sizes["q_len"] = rows
             if spec.page_size is None:
                 lengths = tensors["cu_seqlens_k"].diff().long()
-                used, skv = lengths, int(lengths.max()) if batch else 0
+                used, skv = lengths, longest(tensors, "k")
                 # A pattern of blocks counts the columns of its own sequence, not of the longest.
                 sizes["pattern_keys"] = lengths
         if tensors.get("seqused_k") is not None:

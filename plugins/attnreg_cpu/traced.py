@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnreg import Problem, transformable
+from attnreg_cpu.gradient import never
 from attnreg_cpu.run import run_of
 
 __all__ = ["Traced"]
@@ -122,7 +123,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = [ctx.needs_input_grad[FIELDS.index(name)] for name in WANTED]
-    found = torch.ops.attnreg_cpu.backward(*values, *ctx.lengths, out, lse, dout, dlse, ctx.problem, ctx.config, wanted)
+    found = _gradients(*values, *ctx.lengths, out, lse, dout, dlse, ctx.problem, ctx.config, wanted)
     gradients = {name: x for name, x, want in zip(WANTED, found, wanted, strict=True) if want}
     return (*(gradients.get(name) for name in FIELDS), None, None)
 
@@ -133,4 +134,7 @@ torch.library.register_fake("attnreg_cpu::forward", _forward_shapes, lib=_librar
 torch.library.register_fake("attnreg_cpu::backward", _backward_shapes, lib=_library)
 torch.library.register_autograd("attnreg_cpu::forward", _differentiate, setup_context=_save, lib=_library)
 
+torch.library.register_autograd("attnreg_cpu::backward", never, lib=_library)
+
 _attend = transformable(torch.ops.attnreg_cpu.forward, _save, _differentiate)
+_gradients = transformable(torch.ops.attnreg_cpu.backward, lambda ctx, inputs, output: None, never)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace
+from attnreg_cpu import build
 from attnreg_cpu.sparse import needs_layout
+from attnreg_cpu.variant import ELEMENTS, variants_of
 
 L1_FALLBACK = 32 * 1024
 L2_FALLBACK = 512 * 1024
@@ -30,11 +32,28 @@ def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
     return (3, 2) if REGISTERS.get(hardware.arch, 32) == 16 else (2, 3)
 
 
+def pairs_of(dtype: str, hardware: Hardware) -> list[bool]:
+    """By the CPU's dot instruction or not: the ways to multiply this dtype, best first."""
+    return [True, False] if dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
+
+
+def every_shape(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
+    """(vectors, pairs) of all micro-kernels that could compute the problem."""
+    return [(n, pairs) for pairs in pairs_of(problem.dtype, hardware) for n in VECTORS]
+
+
+def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
+    """Those whose kernels the cache holds: what can run without a compiler."""
+    every = every_shape(problem, hardware) if problem.dtype in ELEMENTS else []
+    return [shape for shape in every if all(kernel.is_ready() for kernel in variants_of(problem, *shape))]
+
+
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (what is
     copied to dense memory first, of what can be read where it lies) and, for bfloat16, pairs (the CPU's bfloat16 dot,
-    or float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv.
+    or float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv. Without a compiler,
+    only kernels that lie ready are on offer.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
@@ -53,22 +72,20 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     def holds_block(c: Any) -> bool:
         return bool(c["block_kv"] >= c.get("layout_kv", 0))
 
-    pairs = [True, False] if problem.dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
-    most = max(1, -(-problem.sq * problem.group // lanes))
-    vectors = [n for n in VECTORS if n <= most]
-    preferred = min(preferred_vectors(hardware)[0], vectors[-1])
+    shapes = _shapes(problem, hardware)
+    preferred, by_pairs = shapes[0]
     # Rows of other heads lie between the rows of one, so a run of keys falls on few sets of the L1 cache (measured:
     # 17.0 ms against 13.5 packed, 32 heads of 128 under bshd).
     apart = problem.spec.layout != "bhsd" or problem.strides[1] != "contiguous"
-    packs = _packs(problem, pairs[0])
+    packs = _packs(problem, by_pairs)
     pack = packs[-1] if apart else packs[0]
-    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "pairs": pairs[0]}
+    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "pairs": by_pairs}
     choices: dict[str, Any] = {
-        "vectors": vectors,
+        "vectors": sorted({vectors for vectors, _ in shapes}),
         "tiles": [1, 2, 4, 8, 16],
         "block_kv": [32, 64, 96, 128, 192, 256, 384],
         "pack": packs,
-        "pairs": pairs,
+        "pairs": sorted({pairs for _, pairs in shapes}, reverse=True),
     }
     if needs_layout(problem):
         choices |= {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
@@ -84,9 +101,24 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
+            ("its kernels can be compiled or lie ready", lambda c: (c["vectors"], c["pairs"]) in shapes),
         ],
         seeds=[{**default, **change} for change in changes],
     )
+
+
+def _shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
+    """(vectors, pairs) on offer, the default first."""
+    most = max(1, -(-problem.sq * problem.group // lanes_of(hardware)))
+    every = every_shape(problem, hardware)
+    by_pairs = every[0][1]
+    if build.find_compiler() is None:
+        every = ready_shapes(problem, hardware) or every
+    # A tile that is wider than the rows wastes lanes; it is taken where nothing narrower lies ready.
+    fitting = [shape for shape in every if shape[0] <= max(most, min(every)[0])]
+    best = min(preferred_vectors(hardware)[0], max(n for n, _ in fitting))
+    order = (best, *preferred_vectors(hardware), *VECTORS)
+    return sorted(fitting, key=lambda shape: (shape[1] != by_pairs, order.index(shape[0])))
 
 
 def _packs(problem: Problem, pairs: bool) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnreg import errors
+from attnreg import Problem, errors
 from attnreg_cpu import build, params
 
 ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
@@ -39,6 +39,10 @@ class Variant:
             "ATTNREG_VECTORS": self.vectors,
         }
 
+    def is_ready(self) -> bool:
+        """Does the cache hold its library, by whatever compiler?"""
+        return build.ready(self.source, self.defines()) is not None
+
     def compile(self) -> None:
         """Compile the library unless the cache has it. Raises BuildError."""
         build.build(self.source, self.defines())
@@ -46,6 +50,12 @@ class Variant:
     def kernel(self, symbol: str) -> Kernel:
         """The compiled entry point `symbol`, which takes packed params and returns 0 on success."""
         return load_kernel(self, symbol)
+
+
+def variants_of(problem: Problem, vectors: int, pairs: bool) -> list[Variant]:
+    """The kernels that a prefill problem needs under this shape of the micro-kernel."""
+    sources = ("forward.cpp", "backward.cpp") if problem.needs_grad else ("forward.cpp",)
+    return [Variant(s, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, pairs) for s in sources]
 
 
 @functools.cache

@@ -11,9 +11,21 @@ import pytest
 
 CALL = """
 import torch, attnreg
+from attnreg_cpu import build
+assert build.find_compiler() is None
 q = torch.randn(1, 2, 100, 24)
-with attnreg.use_backend("cpu"):
-    attnreg.attention(attnreg.AttentionSpec(), q, q, q)
+k = torch.randn(1, 2, 100, 24)
+for rows, keys in ((q, k), (q[:, :, :1], k), (q[:, :, :1].bfloat16(), k.bfloat16())):
+    with attnreg.use_backend("cpu"):
+        out = attnreg.attention(attnreg.AttentionSpec(), rows, keys, keys)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(rows, keys, keys))
+try:
+    with attnreg.use_backend("cpu"):
+        attnreg.attention(attnreg.AttentionSpec(), q, k.requires_grad_(), k)
+except attnreg.errors.UnsupportedError as error:
+    assert "`attnreg build --head-dims 24 --dtypes float32`" in str(error), error
+else:
+    raise AssertionError("gradients were not built")
 """
 
 
@@ -24,7 +36,8 @@ def test_a_call_finds_what_was_built(tmp_path: Path) -> None:
     assert "head_k=24" in done.stdout
     libraries = sorted(tmp_path.rglob("*.so"))
     assert libraries
-    subprocess.run([sys.executable, "-c", CALL], env=environ, check=True)
+    bare = {**environ, "PATH": str(tmp_path / "none"), "CXX": ""}
+    subprocess.run([sys.executable, "-c", CALL], env=bare, check=True)
     assert sorted(tmp_path.rglob("*.so")) == libraries, "nothing else was compiled"
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import shutil
 import stat
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attnreg import AttentionSpec, errors, hardware, masks
 from attnreg.suites import attention_problem
-from attnreg_cpu import build, params
+from attnreg_cpu import build, library_files, params
 from attnreg_cpu.doctor import findings
 from attnreg_cpu.native import NativeBackend
+from attnreg_cpu.variant import Variant
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -35,7 +41,7 @@ def test_a_second_build_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     path = build.build("selftest.cpp", {})
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert build.build("selftest.cpp", {}) == path
-    assert path.parent == build.cache_dir()
+    assert path.parent == library_files.cache_dir()
 
 
 @needs_compiler
@@ -49,7 +55,7 @@ def test_the_key_holds_macros_flags_architecture_and_compiler(monkeypatch: pytes
     }
     monkeypatch.setenv("ATTNREG_CPU_MARCH", "x86-64-v2")
     paths.add(build.library_path("selftest.cpp", {}))
-    monkeypatch.setattr(build, "compiler_version", lambda _: "another compiler")
+    monkeypatch.setattr(build, "compiler_version", lambda *_: "another compiler")
     paths.add(build.library_path("selftest.cpp", {}))
     monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
     paths.add(build.library_path("selftest.cpp", {}))
@@ -93,15 +99,15 @@ def test_many_processes_compile_once(tmp_path: Path) -> None:
         worker.join(300)
         assert worker.exitcode == 0
     assert log.read_text() == "compiled\n"
-    assert not list(build.cache_dir().glob("*.tmp"))
+    assert not list(library_files.cache_dir().glob("*.tmp"))
 
 
 @needs_compiler
 def test_a_refused_source_says_what_the_compiler_said() -> None:
     with pytest.raises(errors.BackendError, match=r"failed with status \d+:\n"):
         build.build("forward.cpp", {"ATTNREG_HEAD_K": "nonsense"})
-    assert not list(build.cache_dir().glob("*.so"))
-    assert not list(build.cache_dir().glob("*.tmp"))
+    assert not list(library_files.cache_dir().glob("*.so"))
+    assert not list(library_files.cache_dir().glob("*.tmp"))
 
 
 @needs_compiler
@@ -113,6 +119,90 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         (tmp_path / "cache").chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(errors.BackendError, match="cache"):
         build.build("selftest.cpp", {})
+
+
+@needs_compiler
+def test_what_was_built_can_be_read_by_all_whom_the_umask_lets() -> None:
+    before = os.umask(0o022)
+    try:
+        path = build.build("selftest.cpp", {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
+
+
+@needs_compiler
+def test_a_damaged_library_is_named_and_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading one that was cut short would kill the process."""
+    path = build.build("selftest.cpp", {})
+    whole = path.read_bytes()
+    compiled: list[Path] = []
+
+    def compile_(command: list[str], target: Path) -> None:
+        compiled.append(target)
+        target.write_bytes(whole)
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    for damaged in (b"", whole[:100], whole[:-100], bytes(len(whole)), whole[:100] + b"?" + whole[101:]):
+        path.write_bytes(damaged)
+        line = next(f for f in findings() if "cache" in f.subject)
+        assert (line.ok, path.name in line.detail, "delete" in line.todo) == (False, True, True)
+        compiled.clear()
+        assert build.build("selftest.cpp", {}) == path
+        assert compiled == [path]
+        assert next(f for f in findings() if "cache" in f.subject).ok
+    build.load(path)
+
+
+def test_a_child_forked_during_a_compile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with library_files.locked(lock):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with open(lock, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+@pytest.fixture
+def cxx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets CXX, which is read once a process."""
+
+    def set_to(named: str) -> None:
+        monkeypatch.setenv("CXX", named)
+        build.find_compiler.cache_clear()
+
+    yield set_to
+    monkeypatch.undo()
+    build.find_compiler.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(("form", "arguments"), [(" {}", []), ("{} -DOWN=1", ["-DOWN=1"]), ("env {}", None)])
+def test_cxx_may_hold_arguments(form: str, arguments: list[str] | None, cxx: Any) -> None:
+    compiler = build.find_compiler() or ""
+    plain, version = build.library_path("selftest.cpp", {}), build.compiler_version(compiler)
+    cxx(form.format(compiler))
+    words = [compiler, *arguments] if arguments is not None else [shutil.which("env"), compiler]
+    path, command = build._plan("selftest.cpp", {}, ())
+    assert (build.find_compiler(), command[: len(words)]) == (words[0], words)
+    assert build.compiler_version(*words) == version
+    assert (path == plain) == (words == [compiler])
+
+
+@pytest.mark.parametrize("named", ["no-such-compiler -m64", "g++ 'open"])
+def test_a_named_compiler_that_is_not_there_is_said(named: str, cxx: Any) -> None:
+    cxx(named)
+    assert build.find_compiler() is None
+    said = [next(f for f in findings() if "compiler" in f.subject).detail, *_reasons(PATHS["decode"])]
+    with pytest.raises(errors.BackendError) as caught:
+        build.build("selftest.cpp", {})
+    assert all(repr(named) in text for text in [*said, str(caught.value)])
 
 
 def test_without_a_compiler_everything_says_so(no_compiler: None) -> None:
@@ -150,6 +240,71 @@ PATHS = {
     "forward": attention_problem(CAUSAL, (8, 2), 512, 512, 64),
     "backward": attention_problem(CAUSAL, (8, 2), 512, 512, 64, grad=True),
 }
+
+
+def _reasons(problem: Any) -> list[str]:
+    return NativeBackend().supports(problem, hardware.detect("cpu"))
+
+
+def _built_elsewhere(source: str, defines: Any, made_by: str = "0" * 8) -> Path:
+    """A library as another machine's compiler would have left it; nothing here loads it."""
+    path = library_files.path_of(source, build.library_key(source, defines), made_by)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"code")
+    library_files.seal(path)
+    return path
+
+
+def _variant(source: str, vectors: int) -> tuple[str, dict[str, int | str]]:
+    return source, Variant(source, 64, 64, PATHS["forward"].dtype, vectors).defines()
+
+
+def test_without_a_compiler_what_lies_ready_is_used(no_compiler: None) -> None:
+    here, backend = hardware.detect("cpu"), NativeBackend()
+    decode = ("decode.cpp", {"ATTNREG_CACHE": "float"})
+    for path, wanted in (("decode", [decode]), ("forward", [_variant("forward.cpp", 3)]),
+                         ("backward", [_variant("backward.cpp", 3)])):  # fmt: skip
+        (reason,) = _reasons(PATHS[path])
+        assert all(word in reason for word in ("compiler", path, "`attnreg build", str(library_files.cache_dir())))
+        made = [_built_elsewhere(*one) for one in wanted]
+        assert _reasons(PATHS[path]) == []
+        assert [build.build(*one) for one in wanted] == made
+    # Not of this size, dtype or kind of cache.
+    for other in (
+        attention_problem(CAUSAL, (8, 2), 512, 512, 32),
+        replace(PATHS["forward"], dtype="float16", kv_dtype="float16"),
+        replace(PATHS["decode"], kv_dtype="int8"),
+    ):
+        assert len(_reasons(other)) == 1
+    assert backend.space(PATHS["forward"], here).choices["vectors"] == (3,)
+    _built_elsewhere(*_variant("forward.cpp", 4))
+    space = backend.space(PATHS["forward"], here)
+    assert (space.choices["vectors"], space.default["vectors"]) == ((3, 4), 3)
+    assert backend.space(PATHS["backward"], here).choices["vectors"] == (3,)
+    few = attention_problem(CAUSAL, (1, 1), 2, 512, 64, grad=True)
+    assert backend.space(few, here).choices["vectors"] == (3,), "a tile wider than the rows, as none narrower is there"
+
+
+def test_without_a_compiler_the_newest_whole_library_serves(no_compiler: None) -> None:
+    old, new, damaged = (_built_elsewhere("selftest.cpp", {}, digit * 8) for digit in "abc")
+    for age, path in enumerate((damaged, new, old)):
+        os.utime(path, (1000 - age, 1000 - age))
+    damaged.write_bytes(b"co")
+    os.utime(damaged, (1000, 1000))
+    assert build.build("selftest.cpp", {}) == new
+    new.unlink()
+    old.unlink()
+    with pytest.raises(errors.BackendError, match=f"{damaged.name} is damaged.*delete it"):
+        build.build("selftest.cpp", {})
+
+
+def test_a_damaged_library_that_no_compiler_can_mend_is_named(no_compiler: None) -> None:
+    path = _built_elsewhere(*_variant("forward.cpp", 2))
+    path.write_bytes(b"")
+    (reason,) = _reasons(PATHS["forward"])
+    assert path.name in reason
+    line = next(f for f in findings() if "cache" in f.subject)
+    assert (line.ok, path.name in line.detail, "`attnreg build`" in line.todo) == (False, True, True)
 
 
 @pytest.mark.parametrize(("changed", "paths"), [

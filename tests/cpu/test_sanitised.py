@@ -12,7 +12,7 @@ from drivers import build_driver, run_driver
 
 from attnreg_cpu import build
 
-SANITISERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITISERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def _sanitisers_link(tmp_path: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -86,6 +88,47 @@ def test_a_forked_child_computes_and_ends() -> None:
     os.kill(child, 9)
     os.waitpid(child, 0)
     pytest.fail("the forked child hangs")
+
+
+FORKS = """
+import os, threading, time, torch
+torch.set_num_threads(2)
+
+def region():
+    torch.ones(1 << 20).add_(1)
+
+def on_a_thread(work):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+def child_finds(expected, before=lambda: None):
+    child = os.fork()
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return
+    before()
+    from attnreg_cpu.threads import thread_count  # its first import, so that no hook saw the fork
+    started = time.monotonic()
+    first, again, after = thread_count(), thread_count(), time.monotonic() - started
+    if first == 2:
+        region()
+    os._exit(0 if first == again == expected and after < 9 else 1)
+
+import attnreg
+child_finds(2)
+child_finds(2, region)  # the child has a pool of its own
+on_a_thread(region).join()
+child_finds(2)  # the parent's thread had one, and is not there
+region()
+child_finds(1)
+child_finds(1, lambda: on_a_thread(lambda: time.sleep(60)))
+"""
+
+
+def test_a_child_that_imports_the_plugin_knows_its_pool() -> None:
+    """A server that forks first must not lose its threads, and one that forks late must not hang."""
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=300)
 
 
 class _Rows(torch.utils.data.Dataset[torch.Tensor]):

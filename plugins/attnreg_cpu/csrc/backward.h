@@ -3,6 +3,8 @@
 // Work item: a share of the query rows of one KV head's group. Scores are computed again from q, k and the saved lse; dq stays with its
 // tile, dk and dv are summed in float32 memory of the share's own, so that results do not depend on which thread ran what.
 #pragma once
+#include <cmath>
+
 #include "layout.h"
 #include "micro.h"
 #include "source.h"
@@ -37,14 +39,14 @@ class Backward {
     static constexpr int PANELS = (HEAD_K + PANEL - 1) / PANEL;
     static constexpr int KEY_STRIDE = whole_registers(OPERANDS_K), VALUE_STRIDE = whole_registers(OPERANDS_V);
     static constexpr bool PAIRED = Operand::WIDTH == 2;
-    static constexpr int64_t MOST_ROWS = 16;
     static constexpr int64_t ROUND = 8;  // keys of a tile's run are rounded up to it where the run goes on
 
     struct GradientTile {
         Tile<Operand> tile;   // `output` holds dq
         Operand* d_out;       // [operands of a row][lanes]
         Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
-        float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp in base 2 with what its rounding left; dout . out - dlse
+        float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp, near: in base 2 with what its rounding left; dout . out - dlse
+        bool far;                         // is a log-sum-exp beyond FAR?
     };
     struct Buffers {
         Operand *keys, *values;
@@ -182,9 +184,9 @@ class Backward {
             pack_rows<HEAD_K>(queries, t.count, t.lanes(), g.query_rows);
             pack_rows<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
             t.summed = false;
+            g.far = false;
             for (int64_t i = 0; i < t.lanes(); ++i) {
                 g.lse[i] = INFINITY_F;  // makes every weight 0
-                g.lse_rest[i] = 0.0f;
                 g.delta[i] = 0.0f;
                 if (i >= t.count) continue;
                 const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t, i);
@@ -193,9 +195,16 @@ class Backward {
                 float delta = 0.0f;
                 for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
                 if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t, i);
+                g.lse[i] = lse;
+                g.delta[i] = delta;
+                g.far = g.far || std::fabs(lse) > FAR;
+            }
+            for (int64_t i = 0; i < t.lanes(); ++i) {
+                g.lse_rest[i] = 0.0f;
+                if (g.far || g.lse[i] == INFINITY_F) continue;
+                const float lse = g.lse[i];
                 g.lse[i] = lse * LOG2_E;
                 g.lse_rest[i] = float(lse * LOG2_E_EXACT - g.lse[i]);
-                g.delta[i] = delta;
             }
         }
 
@@ -207,7 +216,7 @@ class Backward {
             pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
             Run run{first, count, b_.keys, b_.values, KEY_STRIDE, VALUE_STRIDE, {b_.keys, KEY_STRIDE, PANEL}, bits};
             if constexpr (PAIRED) {
-                const int64_t panel = (p_.block_kv + MOST_ROWS) * PANEL;
+                const int64_t panel = panel_length(p_);
                 pack_values<HEAD_K, T>(key_at, count, panel, b_.key_rows);
                 run.key_rows = {b_.key_rows, PANEL, panel};
             }
@@ -320,21 +329,24 @@ class Backward {
         // scores become weights exp(score - lse); d_scores become weight * (d_weight - delta) * d_scale.
         template <int NV>
         ATTNREG_ALONE void differentiate_softmax(int64_t count, float scale, float d_scale, const GradientTile& g) {
-            const vfloat factor = splat(scale * LOG2_E), d_factor = splat(d_scale);
+            const vfloat d_factor = splat(d_scale);
             vfloat lse[NV], rest[NV], delta[NV];
             for (int v = 0; v < NV; ++v) {
                 lse[v] = load(g.lse + v * LANES), rest[v] = load(g.lse_rest + v * LANES), delta[v] = load(g.delta + v * LANES);
             }
-            for (int64_t j = 0; j < count; ++j) {
-                for (int v = 0; v < NV; ++v) {
-                    const int64_t at = (j * NV + v) * LANES;
-                    const vfloat weight = vexp2(fma(load(b_.scores + at), factor, -lse[v]) - rest[v]);
-                    const vfloat change = weight * (load(b_.d_scores + at) - delta[v]) * d_factor;
-                    store(b_.scores + at, weight);
-                    // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.
-                    store(b_.d_scores + at, select(weight == 0.0f, zero(), change));
+            const auto differentiate = [&](auto far) ATTNREG_LAMBDA {
+                for (int64_t j = 0; j < count; ++j) {
+                    for (int v = 0; v < NV; ++v) {
+                        const int64_t at = (j * NV + v) * LANES;
+                        const vfloat weight = vexp2(exponent_of(far, load(b_.scores + at), scale, lse[v]) - rest[v]);
+                        const vfloat change = weight * (load(b_.d_scores + at) - delta[v]) * d_factor;
+                        store(b_.scores + at, weight);
+                        // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.
+                        store(b_.d_scores + at, select(weight == 0.0f, zero(), change));
+                    }
                 }
-            }
+            };
+            g.far ? differentiate(std::true_type()) : differentiate(std::false_type());
         }
 
         // Each pair of row and key is met once, by one thread.
@@ -349,8 +361,8 @@ class Backward {
             }
         }
 
-        void finish(const Tile<Operand>& t) {
-            if (!t.summed) std::fill(t.output, t.output + t.count * PADDED_K, 0.0f);
+        void finish(Tile<Operand>& t) {
+            t.settle(PADDED_K);
             for (int64_t i = 0; i < t.count; ++i) {
                 T* d_q = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t, i);
                 narrow_row<HEAD_K>(t.output + i * PADDED_K, 1.0f, d_q);

@@ -7,4 +7,6 @@ ATTNREG_EXPORT_PARALLEL
 
 ATTNREG_EXPORT int64_t attnreg_decode_params_size() { return sizeof(DecodeParams); }
 
-ATTNREG_EXPORT int64_t attnreg_decode(const DecodeParams* d) { return Decode<ATTNREG_CACHE>(*d).run(); }
+ATTNREG_EXPORT int64_t attnreg_decode(const DecodeParams* d) {
+    return guarded([d] { return Decode<ATTNREG_CACHE>(*d).run(); });
+}

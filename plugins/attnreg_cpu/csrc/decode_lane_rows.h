@@ -51,12 +51,12 @@ class LaneRows {
         }
     }
 
-    // Turns what was summed to rows. Maxima were counted as powers of 2.
+    // Turns what was summed to rows.
     void leave(State state) const {
         for (int64_t h = 0; h < task_->heads; ++h) {
             const int64_t slot = h * s_.rows;
             sums_to_rows(sums_ + slot * s_.head_v, s_.rows, task_->rows, s_.head_v, state.sums + slot * s_.stride_v, s_.stride_v);
-            for (int64_t r = slot; r < slot + task_->rows; ++r) state.rows[r] = {top_[r] * LN_2, sum_[r]};
+            for (int64_t r = slot; r < slot + task_->rows; ++r) state.rows[r] = {top_[r], sum_[r]};
         }
     }
 

@@ -66,13 +66,13 @@ inline float online_softmax(const RowModifiers& m, RowState& state, float* score
     // A NaN among the scores may be the peak or be passed over; either way its weight is NaN and with it the row's sum.
     const float top = state.top >= peak ? state.top : peak, base = top == -INFINITY_F ? 0.0f : top;
     const float rescale = top == state.top ? 1.0f : std::exp(state.top - base);
-    const vfloat factor = splat(scale), shift = splat(-base), log2_e = splat(LOG2_E), unit = splat(m.weight_unit);
+    const vfloat factor = splat(scale), shift = splat(base), log2_e = splat(LOG2_E), unit = splat(m.weight_unit);
     vfloat sum = zero();
     const auto weigh = [&](auto together, int64_t k) {
         constexpr int N = decltype(together)::value;
         vfloat weight[N];
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) weight[n] = fma(load(scores + k + n * LANES), factor, shift) * log2_e;
+        for (int n = 0; n < N; ++n) weight[n] = (rounded(load(scores + k + n * LANES) * factor) - shift) * log2_e;
         vexp2(weight);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
@@ -98,7 +98,7 @@ struct RowEnd {
 inline RowEnd finish_row(RowState state, const float* sink) {
     float top = state.top, sum = state.sum;
     float factor = 1.0f;
-    if (sink != nullptr && *sink > -INFINITY_F) {
+    if (sink != nullptr && *sink != -INFINITY_F) {
         const float joint = *sink > top ? *sink : top;
         factor = top == joint ? 1.0f : std::exp(top - joint);
         sum = sum * factor + std::exp(*sink - joint);

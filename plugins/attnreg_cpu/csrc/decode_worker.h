@@ -179,7 +179,7 @@ class Worker {
             float* scores = scores_ + r * s_.tile;
             masks_.fill(r, kv_head, m);
             const bool plain = m.plain() && masks_.plain() && count % LANES == 0;
-            const float peak = plain ? greatest(scores, count) * m.scale : modify_row(m, scores, count);
+            const float peak = plain ? rounded(greatest(scores, count) * m.scale) : modify_row(m, scores, count);
             rescale_[r] = online_softmax(m, rows[r], scores, count, plain ? m.scale : 1.0f, peak);
         }
     }

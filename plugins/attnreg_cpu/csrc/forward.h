@@ -49,7 +49,6 @@ class Forward {
     static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
     static constexpr int PADDED_K = whole_registers(OPERANDS_K), PADDED_V = whole_registers(HEAD_V);
     static constexpr int PANELS = (HEAD_V + PANEL - 1) / PANEL;
-    static constexpr int64_t MOST_ROWS = 16;  // of the micro-kernel: padding of packed keys
     // Rows of keys can be read where they lie if they hold the very operands that the product takes.
     static constexpr bool KEYS_IN_PLACE =
         std::is_same<T, float>::value || (std::is_same<Operand, Pair>::value && HEAD_K % 2 == 0);
@@ -173,7 +172,7 @@ class Forward {
                 t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
                     const float sink = p_.sinks ? p_.sinks[t.head_of[i]] : -INFINITY_F;
-                    t.top[i] = sink * LOG2_E;
+                    t.top[i] = sink;
                     t.sum[i] = sink == -INFINITY_F ? 0.0f : 1.0f;
                 }
             }
@@ -194,7 +193,7 @@ class Forward {
                 run.key_stride = keys_.row / Operand::WIDTH;
             }
             if (!VALUES_IN_PLACE || p_.pack > 0 || paged) {
-                const int64_t panel = (p_.block_kv + MOST_ROWS) * PANEL;
+                const int64_t panel = panel_length(p_);
                 pack_values<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, panel, b_.values);
                 run.values = {b_.values, PANEL, panel};
             } else {
@@ -294,27 +293,24 @@ class Forward {
             const auto bound = [&](int64_t first, int64_t count) {
                 bound_scores<NV>(t.first, t.last, run.first + first, count, b_.scores + first * NV * LANES, b_.peak);
             };
-            if (begin > 0) {
-                score<NV>(run, t, 0, begin, unused);
-                bound(0, begin);
-            }
-            if (end < run.count) {
-                score_rest<NV>(run, t, end, unused);
-                bound(end, run.count - end);
-            }
+            // The rest may begin before `end`, to have keys enough, and write scores of the first part anew: so both are bounded after.
+            if (begin > 0) score<NV>(run, t, 0, begin, unused);
+            if (end < run.count) score_rest<NV>(run, t, end, unused);
+            if (begin > 0) bound(0, begin);
+            if (end < run.count) bound(end, run.count - end);
         }
 
         void finish() {
             for (int64_t n = 0; n < tile_count_; ++n) {
                 Tile<Operand>& t = tiles_[n];
-                if (!t.summed) std::fill(t.output, t.output + t.count * PADDED_V, 0.0f);
+                t.settle(PADDED_V);
                 for (int64_t i = 0; i < t.count; ++i) {
                     const float factor = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
                     T* out = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, t, i, p_.cu_q != nullptr);
                     narrow_row<HEAD_V>(t.output + i * PADDED_V, factor, out);
                     if (p_.lse) {
                         *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) =
-                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] * LN_2 + std::log(t.sum[i]);
+                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
                     }
                 }
             }

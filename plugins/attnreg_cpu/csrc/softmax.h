@@ -1,5 +1,7 @@
 // Scores of one tile against one run of keys: modifiers, masks and the online softmax, all with query rows in lanes.
 #pragma once
+#include <type_traits>
+
 #include "operand.h"
 #include "vmath.h"
 
@@ -85,17 +87,40 @@ void bound_scores(const int32_t* first, const int32_t* last, int64_t first_key, 
 
 ATTNREG_INLINE void store_weights(Single* out, int64_t at, vfloat weight) { std::memcpy(out + at, &weight, sizeof(weight)); }
 
-// Brings the maximum up to date before weights of base 2 are taken: `base` is what their exponents are counted from (0 for a lane that
-// has met nothing yet), and `rescale` the factor for what was summed before.
+// Scores beyond it are counted from the maximum before they become powers of 2: what rounding takes from their product with log2(e) is
+// then no longer small (at 1e9 it is 64, and the greatest weight 2^64 instead of 1).
+constexpr float FAR = 4096.0f;
+
+// Brings the maximum up to date before weights are taken: `base` is what their exponents are counted from (0 for a lane that has met
+// nothing yet), and `rescale` the factor for what was summed before. Are scores far? If so, `base` is a score, else a power of 2.
 template <int NV>
-ATTNREG_INLINE void start_weights(vfloat factor, const float* peak, float* top, float* rescale, vfloat (&base)[NV]) {
+ATTNREG_INLINE bool start_weights(float scale, const float* peak, float* top, float* rescale, vfloat (&base)[NV]) {
+    const vfloat log2_e = splat(LOG2_E);
+    vfloat before[NV], farthest = zero();
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-        const vfloat before = load(top + v * LANES), now = vmax(before, load(peak + v * LANES) * factor);
+        before[v] = load(top + v * LANES);
+        const vfloat now = vmax(before[v], rounded(load(peak + v * LANES) * splat(scale)));
         base[v] = select(now == splat(-INFINITY_F), zero(), now);
+        farthest = vmax(farthest, vmax(base[v], -base[v]));
         store(top + v * LANES, now);
-        store(rescale + v * LANES, vexp2(before - base[v]));
     }
+    const bool far = reduce_max(farthest) > FAR;
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+        // Weights taken at different times share one rounded base.
+        if (!far) before[v] = rounded(before[v] * log2_e), base[v] = rounded(base[v] * log2_e);
+        const vfloat change = before[v] - base[v];
+        store(rescale + v * LANES, vexp2(far ? change * log2_e : change));
+    }
+    return far;
+}
+
+// The power of 2 that a score's weight is; `far` is std::true_type or std::false_type, as start_weights found.
+template <class Far>
+ATTNREG_INLINE vfloat exponent_of([[maybe_unused]] Far far, vfloat score, float scale, vfloat base) {
+    if constexpr (Far::value) return (rounded(score * splat(scale)) - base) * splat(LOG2_E);
+    return fma(score, splat(scale * LOG2_E), -base);
 }
 
 // Joins the sum of one run's weights to that of the runs before. Run by run, because one long sum loses more to rounding: a lane may
@@ -106,25 +131,26 @@ ATTNREG_INLINE void join_sums(const vfloat (&total)[NV], const float* rescale, f
     for (int v = 0; v < NV; ++v) store(sum + v * LANES, fma(load(rescale + v * LANES), load(sum + v * LANES), total[v]));
 }
 
-// Turns scores into weights 2^(score * scale * log2(e) - maximum), in place, and brings maximum (in base 2), sum and the factor for what
-// was summed before up to date. A lane that has met nothing yet keeps maximum -inf and weights 0.
+// Turns scores into weights exp(score * scale - maximum), in place, and brings maximum, sum and the factor for what was summed before up
+// to date. A lane that has met nothing yet keeps maximum -inf and weights 0.
 template <int NV>
 ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
     vfloat base[NV], total[NV] = {};
-    const vfloat factor = splat(scale * LOG2_E);
-    start_weights<NV>(factor, peak, top, rescale, base);
-    for (int64_t j = 0; j < count; ++j) {
-        vfloat weight[NV];
+    const auto weigh = [&](auto far) ATTNREG_LAMBDA {
+        for (int64_t j = 0; j < count; ++j) {
+            vfloat weight[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) weight[v] = fma(load(scores + (j * NV + v) * LANES), factor, -base[v]);
-        vexp2(weight);
+            for (int v = 0; v < NV; ++v) weight[v] = exponent_of(far, load(scores + (j * NV + v) * LANES), scale, base[v]);
+            vexp2(weight);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            total[v] += weight[v];
-            store_weights(weights, (j * NV + v) * LANES, weight[v]);
+            for (int v = 0; v < NV; ++v) {
+                total[v] += weight[v];
+                store_weights(weights, (j * NV + v) * LANES, weight[v]);
+            }
         }
-    }
+    };
+    start_weights<NV>(scale, peak, top, rescale, base) ? weigh(std::true_type()) : weigh(std::false_type());
     join_sums<NV>(total, rescale, sum);
 }
 
@@ -134,19 +160,20 @@ template <int NV>
 ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
     vfloat base[NV], total[NV] = {};
-    const vfloat factor = splat(scale * LOG2_E);
-    start_weights<NV>(factor, peak, top, rescale, base);
-    for (int64_t j = 0; j < count; j += 2) {
+    const auto weigh = [&](auto far) ATTNREG_LAMBDA {
+        for (int64_t j = 0; j < count; j += 2) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-            const int64_t at = (j * NV + v) * LANES;
-            const vfloat first = vexp2(fma(load(scores + at), factor, -base[v]));
-            const vfloat second = j + 1 < count ? vexp2(fma(load(scores + at + NV * LANES), factor, -base[v])) : zero();
-            total[v] += first + second;
-            const vint pair = make_pairs(first, second);
-            std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
+            for (int v = 0; v < NV; ++v) {
+                const int64_t at = (j * NV + v) * LANES;
+                const vfloat first = vexp2(exponent_of(far, load(scores + at), scale, base[v]));
+                const vfloat second = j + 1 < count ? vexp2(exponent_of(far, load(scores + at + NV * LANES), scale, base[v])) : zero();
+                total[v] += first + second;
+                const vint pair = make_pairs(first, second);
+                std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
+            }
         }
-    }
+    };
+    start_weights<NV>(scale, peak, top, rescale, base) ? weigh(std::true_type()) : weigh(std::false_type());
     join_sums<NV>(total, rescale, sum);
 }
 #endif

@@ -8,6 +8,7 @@
 namespace attnreg {
 
 constexpr int64_t MAX_TILES = 32;
+constexpr int64_t MOST_ROWS = 16;  // of the micro-kernel: padding of packed keys
 
 // One tile: `count` rows from `row` on, in `vectors` * LANES lanes.
 template <class Operand>
@@ -18,13 +19,20 @@ struct Tile {
     Operand* query;    // [operands of a row][lanes]
     float* output;     // [row][channels, in whole registers]
     bool summed;       // is there anything in the output?
-    float *top, *sum;  // [lanes] maximum, as a power of 2, and sum of weights
+    float *top, *sum;  // [lanes] maximum and sum of weights
     int32_t *first, *last;  // [lanes] allowed keys
     int32_t *row_of, *head_of;  // [lanes]: row of its sequence, and query head; lanes past the rows repeat the last one's
     int32_t *position, *document;  // [lanes]
     float* slope;      // [lanes]
     int64_t lanes() const { return int64_t(vectors) * LANES; }
+    // The output of rows that met no key is 0.
+    void settle(int64_t channels) {
+        if (!summed) std::fill(output, output + count * channels, 0.0f);
+    }
 };
+
+// Operands of a packed panel of a run's values.
+inline int64_t panel_length(const Params& p) { return (p.block_kv + MOST_ROWS) * PANEL; }
 
 // Where the rows of a work item come from and go to: row r is row r / group of the sequence, of head `head + r % group`.
 struct ItemRows {

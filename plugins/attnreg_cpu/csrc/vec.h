@@ -97,6 +97,19 @@ ATTNREG_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
 ATTNREG_INLINE vfloat vmin(vfloat a, vfloat b) { return a < b ? a : b; }
 #endif
 
+// Keeps a product from being joined with a sum that follows, which would then not be of the rounded product.
+template <class V>
+ATTNREG_INLINE V rounded(V x) {
+#if defined(ATTNREG_AVX512)
+    asm("" : "+v"(x));
+#elif defined(ATTNREG_AVX2)
+    asm("" : "+x"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 // Keeps a value that several multiply-adds share in its register: GCC would rather make each of them read it again, and twice the
 // loads of an x86 core are fewer than its multiply-adds.
 template <class V>

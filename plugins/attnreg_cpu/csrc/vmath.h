@@ -29,7 +29,7 @@ ATTNREG_INLINE vfloat vexp(vfloat x) {
 }
 
 constexpr double LOG2_E_EXACT = 1.44269504088896341;
-constexpr float LOG2_E = float(LOG2_E_EXACT), LN_2 = 0.693147180559945309f;
+constexpr float LOG2_E = float(LOG2_E_EXACT);
 
 // 2^x within 1.1 ulp for -126 <= x < 127 (checked over the range by tests/cpu). Below -126.5, and at -inf, it is 0; NaN stays NaN. With
 // log2(e) in the scale of its argument this is the exponential of a softmax: what is left of x beside its nearest integer is exact, so
