@@ -10,7 +10,18 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem
 from attnreg.space import Config, SearchSpace, Value
 
-__all__ = ["Backend", "Finding", "Prepared", "StaticReport", "estimate_seconds", "versions_for"]
+__all__ = [
+    "Backend",
+    "Finding",
+    "Prepared",
+    "StaticReport",
+    "error_text",
+    "estimate_seconds",
+    "safe_repr",
+    "versions_for",
+]
+
+UNKNOWN_VERSION = "unknown"
 
 Prepared = Callable[..., Any]
 """`run(q, k, v, **tensors)`: the output, or (out, lse) where the spec says return_lse.
@@ -88,22 +99,38 @@ def versions_for(backends: Mapping[str, Backend], problem: Problem, hardware: Ha
 
 def _version_for(backend: Backend, problem: Problem, hardware: Hardware) -> str:
     """The version of the kernels that serve the problem, where the backend tells; else that of the whole."""
-    own = getattr(backend, "version_for", None)
-    if own is None:
-        return backend.version
     try:
-        return str(own(problem, hardware))
-    except Exception:
-        return backend.version
+        return str(backend.version_for(problem, hardware))  # type: ignore[attr-defined]  # optional
+    except (Exception, SystemExit):
+        pass  # it has none, or fails at it
+    try:
+        return str(backend.version)
+    except (Exception, SystemExit):
+        return UNKNOWN_VERSION  # so what was recorded of a known one is stale
 
 
 def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> float | None:
     """The backend's own cost estimate, or None where it makes none or fails at it."""
-    estimate = getattr(backend, "estimate", None)
-    if estimate is None:
-        return None
     try:
-        seconds = float(estimate(problem, hardware))
-    except Exception:
+        seconds = float(backend.estimate(problem, hardware))  # type: ignore[attr-defined]  # optional
+    except (Exception, SystemExit):
         return None
     return seconds if seconds > 0 else None
+
+
+def error_text(error: BaseException) -> str:
+    """An error's kind and message on any error of a plugin's: one whose __str__ raises is its kind alone."""
+    kind = type(error).__name__
+    try:
+        text = str(error).strip()
+    except (Exception, SystemExit):
+        return kind
+    return f"{kind}: {text}" if text else kind
+
+
+def safe_repr(value: object) -> str:
+    """repr() of anything that a plugin gave: a value whose __repr__ raises is its type's name."""
+    try:
+        return repr(value)
+    except (Exception, SystemExit):
+        return f"<{type(value).__name__}>"

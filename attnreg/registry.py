@@ -17,7 +17,7 @@ from typing import Any
 import pluggy
 
 from attnreg import hookspecs
-from attnreg.backend import Backend, Finding, versions_for
+from attnreg.backend import Backend, Finding, error_text, safe_repr, versions_for
 from attnreg.errors import PluginError, UnknownBackendError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
@@ -31,15 +31,17 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """A loaded backend and where it came from."""
+    """A loaded backend and where it came from; name and version are read off it once, since a property may fail."""
 
     backend: Backend
     plugin: str
     origin: str
+    name: str = field(init=False)
+    version: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return self.backend.name
+    def __post_init__(self) -> None:
+        for attribute in ("name", "version"):
+            object.__setattr__(self, attribute, getattr(self.backend, attribute, None))
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,10 @@ class Registry:
         out: list[tuple[str, Finding]] = []
         for plugin in self.plugins:
             try:
-                for found in _flat(plugin.manager.hook.attnreg_doctor(hardware=hardware)):
-                    if not isinstance(found, Finding):
-                        raise PluginError(f"attnreg_doctor must give attnreg.Finding, got {found!r}")
-                    out.append((plugin.name, found))
-            except Exception as error:
-                out.append((plugin.name, Finding("attnreg_doctor", False, _short(error), "report it to the plugin")))
+                said = _flat(plugin.manager.hook.attnreg_doctor(hardware=hardware))
+                out += [(plugin.name, _checked(found)) for found in said]
+            except (Exception, SystemExit) as error:
+                out.append((plugin.name, _complaint(error_text(error))))
         return out
 
 
@@ -151,31 +151,46 @@ class _Builder:
             backends = _flat(manager.hook.attnreg_backends())
             step = "attnreg_records"
             records = _flat(manager.hook.attnreg_records())
-        except (Exception, SystemExit) as error:
-            self.failures.append(Failure(name, origin, step, _short(error), traceback.format_exc()))
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            self.failures.append(Failure(name, origin, step, error_text(error), traceback.format_exc()))
             return
         self.plugins.append(Plugin(name, origin, manager))
-        for backend in backends:
-            reason = self._wrong(backend)
-            if reason:
-                self.failures.append(Failure(name, origin, "attnreg_backends", reason))
-            elif backend.name not in self.blocked:
-                self.entries[backend.name] = Entry(backend, name, origin)
-        for record in records:
-            if isinstance(record, Mapping):
-                self.records.append((name, record))
-            else:
-                self.failures.append(
-                    Failure(name, origin, "attnreg_records", f"expected records as plain dicts, got {record!r}")
-                )
+        for step, keep, items in (
+            ("attnreg_backends", self._keep_backend, backends),
+            ("attnreg_records", self._keep_record, records),
+        ):
+            for item in items:
+                try:
+                    keep(item, name, origin)
+                except PluginError as error:
+                    self.failures.append(Failure(name, origin, step, str(error)))
+                except (Exception, SystemExit) as error:  # an attribute of the plugin's that raises
+                    self.failures.append(Failure(name, origin, step, error_text(error), traceback.format_exc()))
 
-    def _wrong(self, backend: object) -> str:
+    def _keep_backend(self, backend: Any, plugin: str, origin: str) -> None:
+        entry = Entry(backend, plugin, origin)
+        reason = self._wrong(entry)
+        if reason:
+            raise PluginError(reason)
+        if entry.name not in self.blocked:
+            self.entries[entry.name] = entry
+
+    def _keep_record(self, record: object, plugin: str, origin: str) -> None:
+        if not isinstance(record, Mapping):
+            raise PluginError(f"expected records as plain dicts, got {safe_repr(record)}")
+        self.records.append((plugin, record))
+
+    def _wrong(self, entry: Entry) -> str:
         """Why this is no backend, or none under this name; empty if all is well."""
-        name, version = getattr(backend, "name", None), getattr(backend, "version", None)
+        backend, name, version = entry.backend, entry.name, entry.version
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            return f"a backend needs a lower-case name such as 'my_flash', got {name!r} from {backend!r}"
+            what = f"got {safe_repr(name)} from {safe_repr(backend)}"
+            return f"a backend needs a lower-case name such as 'my_flash', {what}"
         if not isinstance(version, str) or not version:
-            return f"backend {name!r} needs a version, a string that changes with its kernels, got {version!r}"
+            what = f"got {safe_repr(version)}"
+            return f"backend {name!r} needs a version, a string that changes with its kernels, {what}"
         missing = [m for m in ("supports", "space", "prepare") if not callable(getattr(backend, m, None))]
         if missing or isinstance(backend, type):
             what = "is a class; give an instance" if isinstance(backend, type) else f"lacks {', '.join(missing)}"
@@ -202,9 +217,18 @@ def _flat(results: Iterable[Iterable[Any] | None]) -> list[Any]:
     return [item for result in results if result is not None for item in result]
 
 
-def _short(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _checked(found: object) -> Finding:
+    """The finding that a plugin gave, or a finding about it where its fields cannot be printed."""
+    if not isinstance(found, Finding):
+        return _complaint(f"must give attnreg.Finding, got {safe_repr(found)}")
+    texts = (found.subject, found.detail, found.todo)
+    if not isinstance(found.ok, bool) or not all(isinstance(text, str) for text in texts):
+        return _complaint(f"expected Finding(subject: str, ok: bool, detail: str, todo: str), got {safe_repr(found)}")
+    return found
+
+
+def _complaint(detail: str) -> Finding:
+    return Finding("attnreg_doctor", False, detail, "report it to the plugin")
 
 
 _lock = threading.RLock()

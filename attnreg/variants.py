@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from attnreg import masks, registry, scores, sparsity
-from attnreg.decide import WRITTEN_ORDER
+from attnreg.decide import WRITTEN_ORDER, reasons_of
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
 from attnreg.spec import AttentionSpec, Precision
@@ -133,7 +133,8 @@ def runners(variant: Variant, hardware: Hardware, *, grad: bool = False) -> list
         kv = problem.kv_dtype if problem.kv_dtype != problem.dtype else "bfloat16"
         problem = replace(problem, device="cuda", dtype="bfloat16", kv_dtype=kv)
     rank = {name: n for n, name in enumerate(WRITTEN_ORDER)}
-    able = [n for n, e in registry.current().entries.items() if not e.backend.supports(problem.bucket(), hardware)]
+    entries = registry.current().entries
+    able = [n for n, e in entries.items() if not reasons_of(e.backend, problem.bucket(), hardware)]
     return sorted(able, key=lambda n: (rank.get(n, len(rank)), n))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from attnreg.bench.run import OURS, CaseResult
 from attnreg.errors import InputError
 
-__all__ = ["write_chart"]
+__all__ = ["check_chart", "write_chart"]
 
 BAR, GAP, LEFT, WIDTH = 16, 26, 300, 560
 COLORS = {True: "#0b6e4f", False: "#8d99ae"}
@@ -18,14 +18,19 @@ COLORS = {True: "#0b6e4f", False: "#8d99ae"}
 
 def write_chart(path: Path, results: Sequence[CaseResult], machine: Mapping[str, Any]) -> None:
     """Write the chart; the name's end says the kind. Raises InputError for another end than .html, .svg or .png."""
+    check_chart(path)
     if path.suffix == ".png":
         _png(path, results, machine)
     elif path.suffix == ".svg":
         path.write_text(_svg(results, machine))
-    elif path.suffix == ".html":
+    else:
         head = '<!doctype html><meta charset="utf-8"><title>attnreg bench</title>'
         path.write_text(f'{head}<body style="margin:24px;background:#fff">{_svg(results, machine)}</body>')
-    else:
+
+
+def check_chart(path: Path) -> None:
+    """Raise InputError for a name that no chart can have, before what it is to show is measured."""
+    if path.suffix not in (".html", ".svg", ".png"):
         raise InputError("chart", f"expected a name that ends in .html, .svg or .png, got {str(path)!r}")
 
 

@@ -107,11 +107,6 @@ class BlockLayout:
         return self.bits.shape[0]
 
     @property
-    def block_density(self) -> float:
-        """Live blocks of all blocks; 0 where there are none."""
-        return self.live_blocks / max(self.n_batch * self.n_heads * self.n_q * self.n_kv, 1)
-
-    @property
     def density(self) -> float:
         """Live pairs of all pairs; 0 where there are none."""
         return self.pairs / max(self.batch * self.heads * self.sq * self.skv, 1)

@@ -18,15 +18,15 @@ app = typer.Typer(
     add_completion=False,
     help="One front door to attention: see what was chosen and why, tune it, ship the result.",
 )
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, emoji=False)  # ":x:" in a message is no picture
 
 
 def main() -> None:
-    """Run the command line; an error of attnreg's tree is a message and exit status 2, not a traceback."""
+    """Run the command line; an error of attnreg's tree, or of a file, is a message and exit status 2."""
     from attnreg.cli import commands  # noqa: F401  # importing registers the commands
 
     try:
         app()
-    except AttnregError as error:
+    except (AttnregError, OSError) as error:
         print(f"attnreg: {error}", file=sys.stderr)
         sys.exit(2)

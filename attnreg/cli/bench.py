@@ -16,13 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnreg.bench.chart import write_chart
+from attnreg import registry
+from attnreg.bench.chart import check_chart, write_chart
 from attnreg.bench.overhead import measure_overhead
 from attnreg.bench.peaks import PeakLoops
 from attnreg.bench.peers import PEERS
 from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, shares_text, to_json
 from attnreg.bench.run import OURS, CaseResult, Options, run_case
 from attnreg.cli import app, console
+from attnreg.cli.options import output_file
 from attnreg.hardware import Hardware, detect
 from attnreg.suites import SUITES, suite
 
@@ -39,11 +41,17 @@ def bench(
     backend: Annotated[list[str] | None, typer.Option(help="Backends of ours to time by force as well.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Peers to keep, of: {', '.join(PEERS)}.")] = None,
     flex: Annotated[bool, typer.Option(help="FlexAttention compiles for tens of seconds a case.")] = True,
-    rounds: Annotated[int, typer.Option(help="Samples of each contestant.")] = 11,
-    threads: Annotated[int | None, typer.Option(help="torch threads; what torch has unless given.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample here.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Write a chart here: .html, .svg or .png.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the run as a document here.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each contestant.")] = 11,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; what torch has unless given.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write every sample here.")
+    ] = None,
+    chart: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Write a chart here: .html, .svg or .png.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", callback=output_file, help="Write the run as a document here.")
+    ] = None,
 ) -> None:
     """Time attention() and its peers, interleaved; print paired ratios with 95% intervals and shares of the peaks."""
     wanted = _wanted(suites or ["prefill"])
@@ -53,9 +61,16 @@ def bench(
     unknown = [n for n in peers if n not in PEERS]
     if unknown:
         raise typer.BadParameter(f"--peer: no peer is named {unknown[0]!r}; there are {', '.join(PEERS)}")
+    for name in backend or ():
+        registry.current().get(name)
+    if chart is not None:
+        check_chart(chart)
     hardware = detect("cpu")
     options = Options(rounds=rounds, backends=tuple(backend or ()), peers=peers)
     cases = [(name, case) for name in wanted if name in SUITES and name != "overhead" for case in suite(name)]
+    if cases and not any(only.lower() in case.name.lower() for _, case in cases):
+        names = ", ".join(case.name for _, case in cases)
+        raise typer.BadParameter(f"--only: no case's name holds {only!r}; there are {names}")
     cases = [(name, case) for name, case in cases if only.lower() in case.name.lower()]
     results: list[CaseResult] = []
     machine = _machine(hardware)
@@ -95,8 +110,8 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
 
 
 def _print_case(result: CaseResult) -> None:
-    console.print(f"[bold]{escape(result.case)}[/bold]  {result.problem}", highlight=False)
-    console.print(f"attnreg ran {result.chosen}; {shares_text(result)}", highlight=False)
+    console.print(f"[bold]{escape(result.case)}[/bold]  {escape(str(result.problem))}", highlight=False)
+    console.print(f"attnreg ran {result.chosen}; {shares_text(result)}", highlight=False, markup=False)
     table = Table("contestant", "median ms", "its time over ours", box=None, pad_edge=False)
     for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
         if c.name == OURS:

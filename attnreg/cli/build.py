@@ -18,9 +18,12 @@ def build(
     dtypes: Annotated[str, typer.Option(help="Dtypes of q, separated by commas.")] = "float32,bfloat16,float16",
     gradients: Annotated[bool, typer.Option(help="Backward kernels too.")] = True,
     whole_space: Annotated[bool, typer.Option("--whole-space", help="All that the tuner may try.")] = False,
-    jobs: Annotated[int, typer.Option(help="Compilers at once; 0: one a usable core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Compilers at once; 0: one a usable core.")] = 0,
 ) -> None:
-    """Compile ahead what calls would compile at first use, into the cache that calls read."""
+    """Compile ahead what calls would compile at first use, into the cache that calls read.
+
+    A machine with the same CPU that has this cache needs no compiler for what was built.
+    """
     sizes = [_size(text) for text in head_dims.split(",")]
     names = [text.strip() for text in dtypes.split(",")]
     hardware, built = detect("cpu"), 0

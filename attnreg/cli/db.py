@@ -12,6 +12,7 @@ from rich.table import Table
 
 from attnreg import db, store
 from attnreg.cli import app, console
+from attnreg.cli.options import output_file
 from attnreg.cli.tune import wide
 from attnreg.errors import RecordError
 from attnreg.hardware import detect
@@ -112,7 +113,7 @@ def check(path: Annotated[Path | None, typer.Argument()] = None, as_json: AsJson
     if as_json:
         typer.echo(json.dumps([{"where": b.where, "reason": b.reason} for b in found], indent=2))
     elif not found:
-        console.print(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
+        _say(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
     else:
         _say_broken(found)
     if found:
@@ -150,14 +151,14 @@ def prune(
 
 @commands.command("export")
 def export(
-    file: Path,
+    file: Annotated[Path, typer.Argument(callback=output_file)],
     text: Annotated[str, typer.Option("--only", help="Only records whose text holds this.")] = "",
     path: Where = None,
 ) -> None:
     """Write records to one file of JSON lines, to be merged elsewhere."""
     rows, broken = _records(path, text)
     count = db.export([record for _, record in rows], file)
-    console.print(f"{count} records written to {file}")
+    _say(f"{count} records written to {file}")
     _say_broken(broken)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from attnreg import registry, store
 from attnreg.backend import Finding
@@ -32,10 +33,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Plain data for 
     for hardware in devices:
         _print_hardware(hardware)
     versions = _versions()
-    console.print("versions  " + ", ".join(f"{n} {v}" for n, v in versions.items() if v), highlight=False)
+    _say("versions  " + ", ".join(f"{n} {v}" for n, v in versions.items() if v))
     absent = [name for name, version in versions.items() if not version]
     if absent:
-        console.print(f"absent    {', '.join(absent)}", highlight=False)
+        _say(f"absent    {', '.join(absent)}")
     console.print()
     _print_backends()
     _print_findings(findings)
@@ -56,20 +57,18 @@ def _versions() -> dict[str, str]:
 
 
 def _print_hardware(h: Hardware) -> None:
-    console.print(f"hardware  [bold]{h.slug}[/bold]", highlight=False)
+    _say("hardware  ", (h.slug, "bold"))
     if h.kind == "cpu":
         caches = ", ".join(f"L{n} {_bytes(size)}" for n, size in zip((1, 2, 3), h.caches, strict=True) if size)
-        console.print(
+        _say(
             f"          {h.vendor} {h.model}, {h.cores} usable cores, {torch.get_num_threads()} torch threads, "
-            f"{_bytes(h.memory)} memory, {caches}",
-            highlight=False,
+            f"{_bytes(h.memory)} memory, {caches}"
         )
-        console.print(f"          {' '.join(h.isa)}", highlight=False)
+        _say(f"          {' '.join(h.isa)}")
     else:
-        console.print(
+        _say(
             f"          {h.model} {h.arch}, {h.cores} multiprocessors, {_bytes(h.memory)} memory, "
-            f"{_bytes(h.shared_memory)} shared memory a block, {h.registers} registers",
-            highlight=False,
+            f"{_bytes(h.shared_memory)} shared memory a block, {h.registers} registers"
         )
 
 
@@ -87,15 +86,12 @@ def _print_backends() -> None:
     for column in ("backend", "version", "plugin", "from"):
         table.add_column(column)
     for entry in loaded.entries.values():
-        table.add_row(entry.name, entry.backend.version, entry.plugin, entry.origin)
+        table.add_row(*map(Text, (entry.name, entry.version, entry.plugin, entry.origin)))
     console.print(table)
     if loaded.blocked:
-        console.print(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
+        _say(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
     for failure in loaded.failures:
-        console.print(
-            f"[red]set aside[/red] plugin {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}",
-            highlight=False,
-        )
+        _say(("set aside", "red"), f" plugin {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}")
 
 
 def _core_findings() -> list[tuple[str, Finding]]:
@@ -112,10 +108,15 @@ def _core_findings() -> list[tuple[str, Finding]]:
 def _print_findings(findings: list[tuple[str, Finding]]) -> None:
     console.print()
     for plugin, found in findings:
-        mark = "[green]ok[/green]  " if found.ok else "[red]bad[/red] "
+        mark = ("ok   ", "green") if found.ok else ("bad  ", "red")
         todo = f" -> {found.todo}" if found.todo else ""
         subject = found.subject if found.subject.startswith(plugin) else f"{plugin}: {found.subject}"
-        console.print(f"{mark} {subject}: {found.detail}{todo}", highlight=False)
+        _say(mark, f"{subject}: {found.detail}{todo}")
+
+
+def _say(*parts: str | tuple[str, str]) -> None:
+    """A line of texts, and of texts with a style; none is read as markup, for plugins write what they like."""
+    console.print(Text.assemble(*parts))
 
 
 def _data(devices: list[Hardware], findings: list[tuple[str, Finding]]) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _data(devices: list[Hardware], findings: list[tuple[str, Finding]]) -> dict[
         "hardware": [{"slug": h.slug, **asdict(h)} for h in devices],
         "versions": _versions(),
         "backends": [
-            {"name": e.name, "version": e.backend.version, "plugin": e.plugin, "origin": e.origin}
+            {"name": e.name, "version": e.version, "plugin": e.plugin, "origin": e.origin}
             for e in loaded.entries.values()
         ],
         "failures": [asdict(f) for f in loaded.failures],

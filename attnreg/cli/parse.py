@@ -1,18 +1,18 @@
-"""Parse what people type: mask, sparsity and score expressions, shapes. Nothing typed is ever evaluated."""
+"""Parse what people type: mask, sparsity and score expressions. Nothing typed is ever evaluated."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import keyword
+import re
 from typing import Any
-
-import typer
 
 from attnreg import masks, scores, sparsity
 from attnreg.errors import AttnregError, SpecError
 from attnreg.spec import AttentionSpec
 
-__all__ = ["make_spec", "parse_expression", "parse_shape"]
+__all__ = ["make_spec", "parse_expression"]
 
 FAMILIES = {"mask": masks, "sparsity": sparsity, "score": scores}
 
@@ -20,13 +20,21 @@ FAMILIES = {"mask": masks, "sparsity": sparsity, "score": scores}
 def parse_expression(family: str, text: str) -> Any:
     """`Causal() & SlidingWindow(255)`, also `causal & sliding_window(255)`, as the expression it says."""
     try:
-        tree = ast.parse(text, mode="eval").body
+        tree = ast.parse(_class_names(family, text), mode="eval").body
     except SyntaxError as error:
         raise SpecError(f"--{family}: cannot read {text!r}: {error.msg}") from None
     return _build(family, tree, text)
 
 
+def _class_names(family: str, text: str) -> str:
+    """The text with a name that Python keeps for itself, such as `global`, as its class's name."""
+    kept = {name: maker.__name__ for name, maker in _makers(family).items() if keyword.iskeyword(name)}
+    return re.sub(r"\w+", lambda word: kept.get(word[0], word[0]), text)
+
+
 def _build(family: str, node: ast.expr, text: str) -> Any:
+    if family != "mask" and isinstance(node, (ast.BinOp, ast.UnaryOp)):
+        raise SpecError(f"--{family}: cannot read {text!r}: only masks are combined by &, | and ~")
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
         left, right = _build(family, node.left, text), _build(family, node.right, text)
         return left & right if isinstance(node.op, ast.BitAnd) else left | right
@@ -41,7 +49,7 @@ def _build(family: str, node: ast.expr, text: str) -> Any:
     try:
         args = [ast.literal_eval(arg) for arg in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-    except ValueError:
+    except (TypeError, ValueError):  # the first of a set or a key that is a list
         raise SpecError(f"--{family}: arguments in {text!r} must be plain numbers or tuples of them") from None
     try:
         return maker(*args, **named)
@@ -58,14 +66,6 @@ def _makers(family: str) -> dict[str, Any]:
     if family == "mask":
         out["longformer"] = masks.longformer
     return {n.lower(): m for n, m in out.items()}
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """`2x8x512x64` as (2, 8, 512, 64)."""
-    try:
-        return tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
-    except ValueError:
-        raise typer.BadParameter(f"expected sizes such as 2x8x512x64, got {text!r}") from None
 
 
 def make_spec(

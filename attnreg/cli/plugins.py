@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from attnreg import registry
 from attnreg.cli import app, console
@@ -39,10 +40,11 @@ def plugins(
     for column in ("plugin", "from", "backends"):
         table.add_column(column)
     for plugin in loaded.plugins:
-        names = [f"{e.name} {e.backend.version}" for e in loaded.entries.values() if e.plugin == plugin.name]
-        table.add_row(plugin.name, plugin.origin, ", ".join(names) or "none")
+        names = [f"{e.name} {e.version}" for e in loaded.entries.values() if e.plugin == plugin.name]
+        table.add_row(*map(Text, (plugin.name, plugin.origin, ", ".join(names) or "none")))
     console.print(table)
     for failure in loaded.failures:
-        console.print(f"[red]set aside[/red] {failure.plugin} at {failure.step}: {failure.reason}", highlight=False)
+        # As Text: a reason may hold "[cuda]", which is no markup.
+        console.print(Text.assemble(("set aside", "red"), f" {failure.plugin} at {failure.step}: {failure.reason}"))
         if trace and failure.trace:
             console.print(failure.trace, highlight=False, markup=False)

@@ -37,7 +37,7 @@ def tune_for(
     as_json: bool,
     jobs: int | None,
 ) -> None:
-    """Tune each case for the target from compiled code alone; exit status 1 where none could be."""
+    """Tune each case for the target from compiled code alone; exit status 1 where nothing fits any."""
     table = Table(box=None, pad_edge=False)
     for column in (
         "problem",
@@ -70,7 +70,7 @@ def tune_for(
                     typer.echo(json.dumps({"name": case.name, "target": target, "error": str(error)}))
                 table.add_row(escape(case.name), "-", "", "", "", "", "", escape(str(error)[:160]))
             else:
-                done += 1
+                done += bool(made.looked)
                 if as_json:
                     typer.echo(json.dumps(_data(case.name, made)))
                 table.add_row(escape(case.name), *map(escape, _row(made)))

@@ -27,7 +27,7 @@ def targets(
     only: Annotated[str | None, typer.Option(help="Only kernels whose name holds this, such as 'D128 bf16'.")] = None,
     seeds: Annotated[bool, typer.Option(help="Compile the seeds too, not only the defaults.")] = True,
     published: Annotated[bool, typer.Option("--published", help="Rank published choices by the static model.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Compiling processes; every core. 0: none.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=0, help="Compiling processes; every core. 0: none.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/targets.md.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON a configuration.")] = False,
 ) -> None:

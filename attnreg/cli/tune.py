@@ -13,16 +13,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from attnreg import registry, store
+from attnreg.backend import error_text
 from attnreg.cli import app, console
+from attnreg.cli.options import backend_names, device_kind, dtype_name, finite, parse_lengths
 from attnreg.cli.static import tune_for
+from attnreg.decide import reasons_of
 from attnreg.errors import TuneError
 from attnreg.match import Match
 from attnreg.problem import Problem
 from attnreg.suites import MODELS, SUITES, Case, model_shape, suite
+from attnreg.targets import target as known_target
 from attnreg.tuning import Options, TuneReport, known, read_problems, tune_all
 from attnreg.tuning import Progress as Stage
 from attnreg.tuning.report import seconds_text
 from attnreg.tuning.session import hardware_of
+
+DTYPE, BATCH = "float32", 1
 
 Result = TuneReport | Match | TuneError
 
@@ -32,21 +38,29 @@ def tune(
     problems: Annotated[Path | None, typer.Argument(help="A file that attnreg.record() wrote.")] = None,
     suites: Annotated[list[str] | None, typer.Option("--suite", help=f"{', '.join(SUITES)}, or all.")] = None,
     shapes: Annotated[list[str] | None, typer.Option("--model-shape", help=", ".join(MODELS))] = None,
-    dtype: Annotated[str, typer.Option(help="Of --model-shape.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Of --model-shape.")] = 1,
+    dtype: Annotated[str, typer.Option(callback=dtype_name, help="Of --model-shape.")] = DTYPE,
+    batch: Annotated[int, typer.Option(min=1, help="Of --model-shape.")] = BATCH,
     lengths: Annotated[str | None, typer.Option(help="Of --model-shape, such as 512,2048.")] = None,
-    device: Annotated[str, typer.Option(help="Of suites and model shapes: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(callback=device_kind, help="Of suites and model shapes: cpu or cuda.")] = "cpu",
     only: Annotated[str | None, typer.Option(help="Only problems whose name or text holds this.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Most candidates a problem; unlimited: as many as pay.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Most seconds a problem.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Most candidates a problem; unlimited: as many as pay.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, callback=finite, help="Most seconds a problem.")] = None,
     storage: Annotated[str | None, typer.Option(help="A journal file, or a URL such as postgresql://host/db.")] = None,
     backends: Annotated[str | None, typer.Option(help="Only these, such as cpu,sdpa.")] = None,
     cache: Annotated[str, typer.Option(help="Time with warm or cold caches.")] = "warm",
-    time_limit: Annotated[float, typer.Option(help="Seconds that one step of a candidate may take.")] = 120.0,
-    memory_limit: Annotated[float, typer.Option(help="GiB that a candidate may hold; 0: most of what is free.")] = 0.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, callback=finite, help="Seconds that one step of a candidate may take.")
+    ] = 120.0,
+    memory_limit: Annotated[
+        float, typer.Option(min=0, callback=finite, help="GiB that a candidate may hold; 0: most of what is free.")
+    ] = 0.0,
     target: Annotated[str | None, typer.Option(help="Tune for hardware that is not here, such as sm_90.")] = None,
     static: Annotated[bool, typer.Option("--static", help="With --target: from compiled code alone.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="With --static: compiling processes; every core. 0: none.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=0, help="With --static: compiling processes; every core. 0: none.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Tune problems with a fresh record too.")] = False,
     keep: Annotated[bool, typer.Option(help="Write records to the user's database.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; measure nothing.")] = False,
@@ -55,15 +69,17 @@ def tune(
     """Find the fastest correct backend and configuration for each problem, and keep it.
 
     An interrupted run goes on where it stopped when the same command is given again: finished problems are passed
-    over, and the one at work resumes its trials.
+    over, and the one at work resumes its trials. Exit status 1 where no problem has a winner.
     """
-    cases = _cases(problems, suites or [], shapes or [], dtype, batch, lengths, device)
-    cases = [c for c in cases if only is None or only in c.name or only in str(c.problem)]
+    found = _cases(problems, suites or [], shapes or [], dtype, batch, lengths, device)
+    cases = [c for c in found if only is None or only in c.name or only in str(c.problem)]
+    if found and not cases:
+        raise typer.BadParameter(f"--only: no problem's name or text holds {only!r}; there are {len(found)} problems")
     if not cases:
         raise typer.BadParameter("nothing to tune: give a problem file, --suite or --model-shape")
     if cache not in ("warm", "cold"):
         raise typer.BadParameter(f"--cache: expected warm or cold, got {cache!r}")
-    names = tuple(backends.replace(",", " ").split()) if backends else None
+    names = backend_names(backends)  # before the work: a problem that is known already would not look at them
     options = Options(
         trials=budget,
         seconds=seconds,
@@ -77,6 +93,7 @@ def tune(
     if target is not None or static:
         if target is None or not static:
             raise typer.BadParameter("--target and --static go together: what is not here cannot be measured")
+        known_target(target)
         tune_for(cases, target, budget, names, keep, as_json, jobs)
     elif dry_run:
         _dry_run(cases, options, again, as_json)
@@ -101,7 +118,9 @@ def _cases(
     out = [Case(f"problem {n}", p) for n, p in enumerate(read_problems(file), 1)] if file is not None else []
     for name in suites:
         out += suite(name, device)
-    sizes = tuple(int(part) for part in lengths.split(",")) if lengths else None
+    sizes = None if lengths is None else parse_lengths(lengths)
+    if not shapes and (sizes is not None or (dtype, batch) != (DTYPE, BATCH)):
+        raise typer.BadParameter("--dtype, --batch and --lengths go with --model-shape: files and suites say their own")
     for name in shapes:
         out += model_shape(name, dtype=dtype, batch=batch, lengths=sizes, device=device)
     return out
@@ -134,7 +153,7 @@ def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> No
                 bars.console.print(f"{escape(case.name)}: resumed {result.resumed} trials of an interrupted run")
     if not as_json:
         _summary(results, options.backends or ())
-    if all(isinstance(result, TuneError) for _, result in results):
+    if not any(isinstance(r, Match) or (isinstance(r, TuneReport) and r.winner is not None) for _, r in results):
         raise typer.Exit(1)
 
 
@@ -227,10 +246,10 @@ def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) ->
             if options.backends is not None and name not in options.backends:
                 continue
             try:
-                if not entry.backend.supports(case.problem, hardware):
+                if not reasons_of(entry.backend, case.problem, hardware):
                     points[name] = sum(1 for _ in entry.backend.space(case.problem, hardware).points())
-            except Exception as error:  # a plugin may raise anything; the tune itself will name it
-                console.print(f"{name}: {type(error).__name__}: {error}", style="yellow")
+            except (Exception, SystemExit) as error:  # a plugin may raise anything; the tune itself will name it
+                console.print(escape(f"{name}: {error_text(error)}"), style="yellow")
         versions = registry.current().versions(case.problem, hardware)
         matches = store.current().find(case.problem, hardware, versions, cache=options.cache)
         seeds = [f"{m.rung} {m.backend}" + (f" ({m.distance:g} octaves)" if m.distance else "") for m in matches]

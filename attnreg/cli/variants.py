@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnreg.cli import app, console
+from attnreg.cli.options import device_here
 from attnreg.hardware import detect
 from attnreg.targets import target
 from attnreg.variants import VARIANTS, markdown, runners
@@ -16,7 +17,7 @@ from attnreg.variants import VARIANTS, markdown, runners
 
 @app.command()
 def variants(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(callback=device_here, help="cpu or cuda.")] = "cpu",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """List every variant, the spec that says it, and the backends that run it forward and with gradients."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnreg import masks, registry
 from attnreg.backend import StaticReport
+from attnreg.decide import reasons_of
 from attnreg.measure import Candidate
 from attnreg.problem import Problem
 from attnreg.sparsity import BigBird
@@ -139,7 +140,7 @@ def rows(target: str, forms: Iterable[Form] = FORMS, seeds: bool = True) -> Iter
         if form.backend not in entries:
             continue
         backend = entries[form.backend].backend
-        reasons = tuple(backend.supports(form.problem, hardware))
+        reasons = tuple(reasons_of(backend, form.problem, hardware))
         if reasons:
             yield Row(target, form, "", {}, None, reasons)
             continue

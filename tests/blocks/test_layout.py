@@ -181,7 +181,7 @@ def test_arrays_are_int32_contiguous_and_move_together() -> None:
 @pytest.mark.parametrize(("sq", "skv"), [(0, 5), (5, 0), (0, 0)])
 def test_no_queries_or_no_keys(sq: int, skv: int) -> None:
     layout = block_layout(m.Causal() | ~m.Global((1,)), s.BigBird(4), sq, skv, 4, 4)
-    assert (layout.live_blocks, layout.pairs, layout.density, layout.block_density) == (0, 0, 0.0, 0.0)
+    assert (layout.live_blocks, layout.pairs, layout.density) == (0, 0, 0.0)
     assert layout.to_dense().shape == (1, layout.n_heads, sq, skv)
     assert layout.col_ptr.tolist() == [0] * (layout.n_kv + 1)
 

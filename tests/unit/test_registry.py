@@ -32,6 +32,12 @@ GOOD = """
     def attnreg_backends():
         return [Mine()]
 """
+NAMED = 'name, version = "mine", "1"'
+RAISES = """
+        @property
+        def {}(self): raise RuntimeError('driver not found')"""
+REPR_RAISES = """
+        def __repr__(self): raise RuntimeError('no repr')"""
 BROKEN = {
     "raises_at_import": ("raise RuntimeError('half installed')", "import", "half installed"),
     "exits_at_import": ("import sys; sys.exit('no licence')", "import", "no licence"),
@@ -66,6 +72,30 @@ BROKEN = {
     "lacks_a_method": (GOOD.replace("def prepare", "def prepared"), "attnreg_backends", "lacks prepare"),
     "no_version": (GOOD.replace('"mine", "1"', '"mine", None'), "attnreg_backends", "version"),
     "takes_a_name": (GOOD.replace('"mine"', '"eager"'), "attnreg_backends", "taken by plugin 'eager'"),
+    "base_exception": ("class X(BaseException): pass\nraise X('boom')", "import", "X: boom"),
+    "error_without_text": (
+        "class NoText(Exception):\n    def __str__(self): raise RuntimeError('nope')\nraise NoText",
+        "import",
+        "NoText",
+    ),
+    "markup": ("raise ImportError('pip install mylib[cuda]; see [/usr/lib]')", "import", "mylib[cuda]; see [/usr/lib]"),
+    "name_raises": (GOOD.replace(NAMED, RAISES.format("name")), "attnreg_backends", "RuntimeError: driver not found"),
+    "version_raises": (GOOD.replace(NAMED, NAMED + RAISES.format("version")), "attnreg_backends", "driver not found"),
+    "prepare_raises": (
+        GOOD.replace(NAMED, NAMED + RAISES.format("prepare")).replace("def prepare(self, problem", "def other(self, p"),
+        "attnreg_backends",
+        "driver not found",
+    ),
+    "repr_raises": (
+        GOOD.replace(NAMED, 'name, version = "Bad Name", "1"' + REPR_RAISES),
+        "attnreg_backends",
+        "got 'Bad Name' from <Mine>",
+    ),
+    "record_is_no_dict": (
+        "import attnreg\n@attnreg.hookimpl\ndef attnreg_records(): return [5]",
+        "attnreg_records",
+        "plain dicts, got 5",
+    ),
 }
 
 
@@ -88,7 +118,10 @@ def test_a_broken_plugin_is_set_aside_named_by_doctor_and_calls_work(
     assert commands.doctor
     told = CliRunner().invoke(app, ["doctor", "--json"])
     assert [f for f in json.loads(told.stdout)["failures"] if f["plugin"] == name and why in f["reason"]]
-    assert name in CliRunner().invoke(app, ["doctor"]).stdout
+    for command in ("doctor", "plugins"):
+        said = CliRunner().invoke(app, [command]).stdout
+        assert name in said
+        assert why in said, "as it is: no markup, nothing lost"
 
 
 def test_a_plugin_beside_a_broken_one_loads_and_runs_by_force(
@@ -112,6 +145,76 @@ def test_an_unmeasured_third_party_backend_is_never_chosen_by_itself(
     row = next(r for r in attnreg.explain(AttentionSpec(), x, x, x).rows() if r.backend == "mine")
     assert row.verdict == "able"
     assert "not measured" in row.why[0]
+
+
+FAILS_LATER = {
+    "version": (
+        """seen = 0
+        @property
+        def version(self):
+            Mine.seen += 1
+            if Mine.seen > 1: raise RuntimeError('driver gone')
+            return "1" """,
+        "not measured here",
+    ),
+    "version_for": ("""version = "1"\n        def version_for(self, p, h): raise SystemExit(3)""", "not measured here"),
+    "estimate": ("""version = "1"\n        def estimate(self, p, h): raise SystemExit(3)""", "not measured here"),
+    "supports": (
+        """version = "1"\n        def supports(self, p, h): raise SystemExit('no [gpu]')""",
+        "SystemExit: no [gpu]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILS_LATER)
+def test_a_backend_that_fails_when_it_is_asked_breaks_neither_calls_nor_commands(
+    name: str, install_plugin: Callable[[str, str], None], loaded: Callable[[], registry.Registry]
+) -> None:
+    body, why = FAILS_LATER[name]
+    source = GOOD.replace(NAMED, f'name = "mine"\n        {body}')
+    if name == "supports":
+        source = source.replace("def supports(self, problem", "def able(self, problem")
+    install_plugin("fails_later", source)
+    assert loaded().get("mine").version == "1"
+    assert torch.equal(call(), torch.ones(1, 1, 2, 4))
+    for command in (["doctor"], ["plugins"], ["explain", "--shape", "1x1x2x4"]):
+        said = CliRunner().invoke(app, command)
+        assert said.exit_code == 0, said.output
+        assert "mine" in said.stdout
+    assert why in " ".join(said.stdout.split())
+
+
+FINDINGS = {
+    "bracketed": (
+        "attnreg.Finding('lib', False, 'none in [/usr/lib]', 'mylib[cuda] :x:')",
+        "none in [/usr/lib] -> mylib[cuda] :x:",
+    ),
+    "wrong_types": (
+        "attnreg.Finding(7, False, None, None)",
+        "got Finding(subject=7, ok=False, detail=None, todo=None)",
+    ),
+    "ok_is_a_number": ("attnreg.Finding('lib', 0, 'none')", "expected Finding(subject: str, ok: bool"),
+    "no_finding": ("'text'", "must give attnreg.Finding, got 'text'"),
+    "exits": ("exit('no licence')", "SystemExit: no licence"),
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_a_plugin_finds_is_printed_as_it_is_or_named_as_no_finding(
+    name: str, install_plugin: Callable[[str, str], None], loaded: Callable[[], registry.Registry]
+) -> None:
+    given, said = FINDINGS[name]
+    fine = "attnreg.Finding('own', True, 'all is well')"
+    install_plugin(name, f"import attnreg\n@attnreg.hookimpl\ndef attnreg_doctor(hardware): return [{fine}, {given}]")
+    loaded()
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 0, told.output
+    assert said in told.stdout
+    assert name == "exits" or "all is well" in told.stdout, "one bad finding does not take the others with it"
+    found = [
+        f for f in json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["findings"] if f["plugin"] == name
+    ]
+    assert not found[-1]["ok"]
 
 
 @pytest.mark.parametrize(("said", "gone"), [("sdpa", "sdpa"), ("cpu, sdpa", "cpu")])
