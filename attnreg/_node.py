@@ -54,10 +54,13 @@ class Node:
         member = cls.members.get(kind) if isinstance(kind, str) else None
         if member is None:
             raise SpecError(f"{cls.family}: unknown kind {kind!r}; known: {', '.join(sorted(cls.members))}")
-        fields = {f.name for f in dataclasses.fields(member)}  # type: ignore[arg-type]  # as above
-        extra = set(data) - fields - {"kind"}
+        fields = {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]  # as above
+        extra = set(data) - set(fields) - {"kind"}
         if extra:
             raise SpecError(f"{cls.family} {kind}: unknown fields {sorted(extra)}; known: {sorted(fields)}")
+        lacks = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in data]
+        if lacks:
+            raise SpecError(f"{cls.family} {kind}: missing fields {lacks}, which have no default")
         made = member(**{name: value for name, value in data.items() if name != "kind"})
         assert isinstance(made, cls)
         return made
@@ -91,8 +94,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def check_int(owner: object, name: str, minimum: int) -> None:
-    """Replace the field by a plain int, or raise SpecError if it is none or lies below `minimum`."""
+def check_int(owner: object, name: str, minimum: int, limit: int = 2**62) -> None:
+    """Replace the field by a plain int, or raise SpecError if it is none or does not lie in minimum .. limit - 1."""
     value = getattr(owner, name)
     try:
         if isinstance(value, bool):
@@ -102,8 +105,10 @@ def check_int(owner: object, name: str, minimum: int) -> None:
         raise SpecError(f"{type(owner).__name__}({name}): expected an integer >= {minimum}, got {value!r}") from None
     if number < minimum:
         raise SpecError(f"{type(owner).__name__}({name}): expected an integer >= {minimum}, got {number}")
-    if number >= 2**62:
-        raise SpecError(f"{type(owner).__name__}({name}): {number} does not fit positions, which are int64")
+    if number >= limit:
+        what = f"expected an integer below {limit}, got {number}"
+        what = f"{number} does not fit positions, which are int64" if limit == 2**62 else what
+        raise SpecError(f"{type(owner).__name__}({name}): {what}")
     object.__setattr__(owner, name, number)
 
 

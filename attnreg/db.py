@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from attnreg import registry
 from attnreg.errors import RecordError
 from attnreg.evidence import combine
 from attnreg.hardware import Hardware
-from attnreg.records import Record
+from attnreg.records import Gate, Record
 from attnreg.records_json import line
 from attnreg.store_files import Broken, file_of, files, read, rewrite
 
@@ -70,8 +72,12 @@ def load(path: str | Path) -> tuple[list[Record], list[Broken]]:
 
 
 def stale(record: Record, hardware: Hardware) -> tuple[str, ...]:
-    """What differs between the record's circumstances and today's on this hardware; empty if the record is fresh."""
-    return record.stale(hardware, registry.current().versions(record.problem, hardware))
+    """What differs between the record's circumstances and today's on this hardware; empty if the record is fresh.
+
+    Today's are the versions that are loaded, and on a CPU the threads that torch has in this process.
+    """
+    threads = torch.get_num_threads() if hardware.kind == "cpu" else None
+    return record.stale(hardware, registry.current().versions(record.problem.bucket(), hardware), threads)
 
 
 def diff(left: Iterable[Record], right: Iterable[Record]) -> list[Difference]:
@@ -185,17 +191,29 @@ def prune(
 ) -> list[Removed]:
     """Records of this machine class that no longer hold; taken out if `apply`, else only listed.
 
-    which: says why a record should go, "" to keep it; stale ones unless given.
+    path: a database, a machine class's folder in one, or a file of such. which: says why a record should go, "" to keep
+    it; stale ones unless given, but for those whose threads alone differ: they hold in a process with as many.
+    Raises RecordError where there is no such file or folder, or it cannot be written.
     """
-    root = Path(path)
+    path = Path(path)
+    if not path.exists():
+        raise RecordError(f"{path}: there is no such file or folder")
+    versions = registry.current().versions
 
     def judge(record: Record) -> str:
-        return which(record) if which is not None else "; ".join(stale(record, hardware))
+        if record.slug != hardware.slug:
+            return ""
+        if which is not None:
+            return which(record)
+        return "; ".join(record.stale(hardware, versions(record.problem.bucket(), hardware)))
 
     out: list[Removed] = []
-    for file in files(root / hardware.slug):
+    folder = path if path.name == hardware.slug else path / hardware.slug
+    for file in [path] if path.is_file() else files(folder):
         out += [Removed(r, why) for r in read(file).records if (why := judge(r))]
         if apply:
+            # Writers of a database wait for one another at its root.
+            root = file.parent.parent if file.parent.name == hardware.slug else file.parent
             rewrite(root, file, lambda now: [r for r in now if not judge(r)])
     return out
 
@@ -213,16 +231,25 @@ def _folders(root: Path) -> list[Path]:
 
 def _unusable(record: Record, hardware: Hardware) -> list[str]:
     out = [f"stale: {what}" for what in stale(record, hardware)]
+    if not record.passed:
+        out.append("no gate" if record.gate is None else f"not past the gate: {_failed(record.gate)}")
     entry = registry.current().entries.get(record.backend)
     if entry is None:
         return [*out, f"backend {record.backend} is not loaded"]
+    bucket = record.problem.bucket()  # what a call would ask about
     try:
-        out += [f"{record.backend} refuses: {reason}" for reason in entry.backend.supports(record.problem, hardware)]
-        space = entry.backend.space(record.problem, hardware)
+        out += [f"{record.backend} refuses: {reason}" for reason in entry.backend.supports(bucket, hardware)]
+        space = entry.backend.space(bucket, hardware)
         out += [f"configuration: {reason}" for reason in space.reasons(record.config)]
     except Exception as error:  # a plugin may raise anything
         out.append(f"{record.backend} raised {type(error).__name__}: {error}")
     return out
+
+
+def _failed(gate: Gate) -> str:
+    """The errors that are above their bounds."""
+    pairs = {"error": (gate.error, gate.bound), "gradients' error": (gate.grad_error, gate.grad_bound)}
+    return ", ".join(f"{name} {e:.3g}, bound {most:.3g}" for name, (e, most) in pairs.items() if not e <= most)
 
 
 def _unfit(record: Record, hardware: Hardware) -> list[str]:
@@ -233,6 +260,4 @@ def _unfit(record: Record, hardware: Hardware) -> list[str]:
         out.append("not measured")
     if record.policy.noisy:
         out.append("measured on a disturbed machine")
-    if record.gate is None or not record.gate.error <= record.gate.bound:
-        out.append("no gate, or not past it")
     return out

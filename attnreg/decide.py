@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attnreg import registry, store
-from attnreg.backend import Backend, estimate_seconds, versions_for
+from attnreg.backend import Backend, error_text, estimate_seconds, safe_repr, versions_for
 from attnreg.errors import ConfigError, UnsupportedError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.store import Match
 
-__all__ = ["WRITTEN_ORDER", "Candidate", "Decision", "decide"]
+__all__ = ["WRITTEN_ORDER", "Candidate", "Decision", "decide", "reasons_of"]
 
 WRITTEN_ORDER = (
     "cpu", "sdpa", "triton_decode", "triton_flash", "triton_block_sparse", "flex", "triton_fp8", "eager",
@@ -75,7 +75,9 @@ def decide(
     if forced is not None:
         registry.current().get(forced)
     reasons = {
-        name: [f"failed: {excluded[name]}"] if excluded and name in excluded else _reasons(e.backend, problem, hardware)
+        name: [f"failed: {excluded[name]}"]
+        if excluded and name in excluded
+        else reasons_of(e.backend, problem, hardware)
         for name, e in entries.items()
     }
     ladder = _Ladder(problem, hardware, {n: e.backend for n, e in entries.items()}, reasons)
@@ -93,14 +95,14 @@ def _order(reasons: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {name: reasons[name] for name in sorted(reasons, key=lambda n: (rank.get(n, len(rank)), n))}
 
 
-def _reasons(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
+def reasons_of(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
     """What `supports` says; a backend that raises, or says junk, refuses by that."""
     try:
         said: Any = backend.supports(problem, hardware)
-    except Exception as error:
-        return [f"its supports() raised {type(error).__name__}: {error}"]
+    except (Exception, SystemExit) as error:
+        return [f"its supports() raised {error_text(error)}"]
     if not isinstance(said, (list, tuple)) or not all(isinstance(line, str) for line in said):
-        return [f"its supports() must return a list of str, got {said!r}"]
+        return [f"its supports() must return a list of str, got {safe_repr(said)}"]
     return list(said)
 
 
@@ -204,6 +206,8 @@ class _Ladder:
             cause = f"its {match.rung} record is stale: {', '.join(match.stale)} differ; run attnreg tune again"
         elif name not in self.backends:
             return None
+        elif not match.record.passed:
+            cause = f"its {match.rung} record did not pass the gate; run attnreg tune again"
         elif self.reasons[name]:
             cause = f"its {match.rung} record cannot be used: it refuses the problem"
         else:
@@ -211,7 +215,7 @@ class _Ladder:
                 return self._space(name, match.config)
             except ConfigError as error:
                 cause = f"its {match.rung} record is outside its search space: {error}"
-            except Exception as error:
-                cause = f"its space() raised {type(error).__name__}: {error}"
+            except (Exception, SystemExit) as error:
+                cause = f"its space() raised {error_text(error)}"
         self.notes.setdefault(name, cause)
         return None

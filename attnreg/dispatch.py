@@ -22,7 +22,7 @@ from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
 from attnreg.tracing import at_trace_time, concrete, hint, is_traced, opaque, same, transform
-from attnreg.validate import Sizes, check
+from attnreg.validate import NAMES, Sizes, check
 from attnreg.values import VALUE_NAMES, check_values
 
 __all__ = ["attention", "decision", "decision_of", "prepare", "use_backend"]
@@ -76,9 +76,14 @@ def _autocast(kind: str) -> bool:
     return torch.amp.autocast_mode.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def _given(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that are there; a name that does not exist stays, None or not, for the check to refuse."""
+    return {name: x for name, x in tensors.items() if x is not None or name not in NAMES}
+
+
 def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """Check the call, find or make its bucket's callable, run it, and remember the exact signature."""
-    tensors = {name: x for name, x in tensors.items() if x is not None}
+    tensors = _given(tensors)
     if isinstance(q, Tensor) and _autocast(q.device.type):
         return _under_autocast(spec, q, k, v, tensors)
     sizes = check(spec, q, k, v, tensors)
@@ -192,10 +197,10 @@ def _settle(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Decision
 
 
 def _under_autocast(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
-    """What autocast does to scaled_dot_product_attention: q, k and v in autocast's dtype, then no more casts."""
+    """What autocast does to scaled_dot_product_attention: its inputs in autocast's dtype, then no more casts."""
     kind = q.device.type
     with torch.autocast(kind, enabled=False):
-        return attention(spec, *(_cast(x, kind) for x in (q, k, v)), **tensors)
+        return attention(spec, *(_cast(x, kind) for x in (q, k, v)), **_cast_named(tensors, kind))
 
 
 def _cast(x: Tensor, kind: str) -> Tensor:
@@ -203,10 +208,16 @@ def _cast(x: Tensor, kind: str) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if wide else x
 
 
+def _cast_named(tensors: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The named tensors, with those that have to share q's dtype in autocast's."""
+    return {name: _cast(x, kind) if name in ("bias", "score_weight") else x for name, x in tensors.items()}
+
+
 def decision(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> tuple[Problem, Decision]:
     """The problem of a call, and what was or would be decided for its bucket. Raises what attention() would."""
-    tensors = {name: x for name, x in tensors.items() if x is not None}
+    tensors = _given(tensors)
     if isinstance(q, Tensor) and _autocast(q.device.type):
+        tensors = _cast_named(tensors, q.device.type)
         q, k, v = (_cast(x, q.device.type) for x in (q, k, v))
     sizes = check(spec, q, k, v, tensors)
     if _watch(q, tensors, False):
@@ -230,8 +241,8 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
     if isinstance(q, Tensor) and _autocast(q.device.type):
         kind = q.device.type
         with torch.autocast(kind, enabled=False):
-            inner = prepare(spec, *(_cast(x, kind) for x in (q, k, v)), **tensors)
-        return lambda q, k, v, **named: inner(*(_cast(x, kind) for x in (q, k, v)), **named)
+            inner = prepare(spec, *(_cast(x, kind) for x in (q, k, v)), **_cast_named(tensors, kind))
+        return lambda q, k, v, **named: inner(*(_cast(x, kind) for x in (q, k, v)), **_cast_named(named, kind))
     problem, _ = decision(spec, q, k, v, **tensors)
     run = _known(problem)
     return run if run is not None else _first_call(problem, lambda run: None)[0]

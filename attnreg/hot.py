@@ -31,8 +31,29 @@ _autocast_on: Callable[[], bool] = getattr(
 )
 
 
+class Turn:
+    """A bucket's lock, and how many hold it or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.takers = 0
+
+
+class Bounded(dict[Any, Any]):
+    """A dict that starts over when it is full."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if len(self) >= self.limit and key not in self:
+            self.clear()
+        super().__setitem__(key, value)
+
+
 class HotTable:
-    """What past calls decided, in three tables.
+    """What past calls decided, in three tables, none of which grows past EXACT_LIMIT entries.
 
     exact: by the whole signature, one dict hit a call. A signature is checked once; its entry holds the prepared
     callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
@@ -45,15 +66,28 @@ class HotTable:
     def __init__(self) -> None:
         self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
         self.growing: dict[Any, Run] = {}
-        self.buckets: dict[Any, tuple[Run, Decision]] = {}
-        self.locks: dict[Any, threading.Lock] = {}
+        self.buckets: dict[Any, tuple[Run, Decision]] = Bounded(self.EXACT_LIMIT)
+        self.locks: dict[Any, Turn] = {}
         self.guard = threading.Lock()
         self.misses = 0
 
-    def lock(self, key: Any) -> threading.Lock:
-        """One lock a bucket, so that concurrent first calls decide once and others do not wait."""
+    @contextlib.contextmanager
+    def lock(self, key: Any) -> Iterator[None]:
+        """One lock a bucket, so that concurrent first calls decide once and others do not wait.
+
+        The last who takes a turn drops it: by then the bucket is stored, or the next call decides anew.
+        """
         with self.guard:
-            return self.locks.setdefault(key, threading.Lock())
+            turn = self.locks.setdefault(key, Turn())
+            turn.takers += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self.guard:
+                turn.takers -= 1
+                if not turn.takers:
+                    del self.locks[key]
 
     def remember(self, key: Any, run: Run, sizes: Sizes | None) -> None:
         """Keep an exact signature; a full table starts over, and the next calls find their buckets."""
@@ -123,4 +157,4 @@ def growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
 def _signature(name: str, x: Any) -> Any:
     if isinstance(x, Tensor):
         return name, x.shape, x.stride(), x.dtype, x.device, x.requires_grad
-    return name, x if isinstance(x, int) else type(x)
+    return name, type(x), x if isinstance(x, int) else None  # the type, since True == 1

@@ -20,6 +20,9 @@ __all__ = ["Problem", "TensorInfo", "bucket_size", "stride_class"]
 
 SIZES = ("batch", "sq", "skv", "total_q", "total_k", "pages")
 DIFFERENTIABLE = ("bias", "sinks", "score_weight")
+"""Named tensors whose gradient a backend is expected to have: what the conformance kit asks of each."""
+GRADS = (*DIFFERENTIABLE, "alibi_slopes")
+"""All named tensors that a result depends on smoothly: those that a problem's `grads` may name."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Problem:
         grads: set[str] = set()
         if torch.is_grad_enabled():
             grads = {n for n, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad}
-            grads |= {n for n in DIFFERENTIABLE if n in named and named[n].requires_grad}
+            grads |= {n for n in GRADS if n in named and named[n].requires_grad}
         return Problem(
             spec=spec,
             **{f.name: getattr(sizes, f.name) for f in fields(Sizes)},

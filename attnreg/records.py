@@ -162,6 +162,14 @@ class Record:
         return self.gate.error if self.gate is not None else None
 
     @property
+    def passed(self) -> bool:
+        """May it decide: is it static, or did its winner pass the gate? A record without a gate passed none."""
+        if self.origin == "static":
+            return True
+        gate = self.gate
+        return gate is not None and gate.error <= gate.bound and gate.grad_error <= gate.grad_bound
+
+    @property
     def choice(self) -> str:
         """What the record chose, as text: backend, version and configuration."""
         return choice_text(self.backend, self.version, self.config)

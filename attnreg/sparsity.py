@@ -22,6 +22,9 @@ from attnreg.masks import Coords, take
 
 __all__ = ["BigBird", "Blocks", "Dense", "Sparsity", "Strided"]
 
+LIMIT = 2**31
+"""Of a block's size and of a count of blocks: their product still fits positions, which are int64."""
+
 
 class Sparsity(Node):
     """Base of every block sparsity pattern."""
@@ -68,8 +71,8 @@ class Blocks(Sparsity):
     kind: ClassVar[str] = "blocks"
 
     def __post_init__(self) -> None:
-        check_int(self, "block_q", 1)
-        check_int(self, "block_kv", 1)
+        check_int(self, "block_q", 1, LIMIT)
+        check_int(self, "block_kv", 1, LIMIT)
 
     def tensors(self) -> frozenset[str]:
         return frozenset({"block_mask"})
@@ -95,10 +98,11 @@ class BigBird(Sparsity):
     kind: ClassVar[str] = "bigbird"
 
     def __post_init__(self) -> None:
-        check_int(self, "block", 1)
-        check_int(self, "window", 1)
-        for name in ("global_blocks", "random_blocks", "seed"):
-            check_int(self, name, 0)
+        check_int(self, "block", 1, LIMIT)
+        check_int(self, "window", 1, LIMIT)
+        check_int(self, "global_blocks", 0, LIMIT)
+        check_int(self, "random_blocks", 0, 2**16)  # a table has room for as many a row, drawn or not
+        check_int(self, "seed", 0)
 
     def structural(self, r: Tensor, c: Tensor, columns: int | Tensor) -> Tensor:
         """Window and global blocks: True at block row r, block column c of `columns`."""
@@ -145,7 +149,7 @@ class Strided(Sparsity):
 
     def __post_init__(self) -> None:
         for name in ("block", "local", "stride"):
-            check_int(self, name, 1)
+            check_int(self, name, 1, LIMIT)
 
     def allows(self, c: Coords, skv: int | Tensor) -> Tensor:
         r = torch.div(c.p, self.block, rounding_mode="floor")

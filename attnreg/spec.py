@@ -114,14 +114,24 @@ class Precision(_Frozen):
     compute: of the two products. kv: how k and v are stored at the call, with `k_descale` and `v_descale`.
     scaling: how many scales there are: one a tensor ("tensor": one value), one a batch and KV head ("head":
     [B, Hkv]), or one a block of keys ("block": [B, Hkv, N]; a block is a page where the cache is paged, else
-    the smallest power of two that cuts Skv into N blocks). rotate: Hadamard rotation of q and k before
-    quantising.
+    the smallest power of two that cuts Skv into N blocks). rotate: Hadamard rotation of q and k by a backend that
+    quantises them itself, before it does; a more precise backend has nothing to rotate. It excludes a stored cache
+    (kv other than "same"), whose k comes quantised: rotate q and k yourself before you store k.
     """
 
     compute: Number = "same"
     kv: Number = "same"
     scaling: Literal["tensor", "head", "block"] = "tensor"
     rotate: Bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Precision:
+        if self.rotate and self.kv != "same":
+            raise ValueError(
+                f"rotate=True rotates q and k before a backend quantises them, but kv={self.kv!r} says that k comes "
+                "quantised; rotate q and k before storing k, and leave rotate out"
+            )
+        return self
 
 
 class AttentionSpec(_Frozen):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from attnreg.errors import AttnregError
 from attnreg.validate import Sizes
 
 __all__ = ["at_trace_time", "concrete", "hint", "is_traced", "opaque", "same", "transform", "transformable"]
@@ -73,12 +76,27 @@ def same(a: Any, b: Any) -> bool:
 def opaque(function: F) -> F:
     """Let Dynamo put the call into its graph unseen; AOTAutograd then traces through what was chosen.
 
-    So the decision, plain Python over sizes and tables, is taken once, at trace time, and leaves no guard.
+    So the decision, plain Python over sizes and tables, is taken once, at trace time, and leaves no guard. Dynamo
+    replaces an error in it by a message on output types, so attnreg's own errors are told in a warning too.
     """
-    return torch._dynamo.nonstrict_trace(function)  # type: ignore[return-value]  # the wrapper keeps the signature
+
+    @functools.wraps(function)
+    def told(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except AttnregError as error:
+            warnings.warn(
+                f"attnreg: {error}\n(so torch.compile cannot take the call into its graph: under fullgraph=True it "
+                "raises Unsupported, else it leaves the call out and makes it as it stands)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            raise
+
+    return torch._dynamo.nonstrict_trace(told)  # type: ignore[return-value]  # the wrapper keeps the signature
 
 
-def at_trace_time(function: Callable[[], bool]) -> Callable[[], bool]:
+def at_trace_time(function: F) -> F:
     """Let Dynamo call the function for real while it traces, and take what it gives for a constant.
 
     What torch.compiler.assume_constant_result does, without importing torch._dynamo (and by it Triton) to say it.

@@ -20,7 +20,7 @@ from attnreg.scores import General
 from attnreg.sparsity import Blocks
 from attnreg.spec import AttentionSpec
 
-__all__ = ["FLOAT8", "NAMES", "Sizes", "check"]
+__all__ = ["FLOAT8", "NAMES", "Sizes", "block_of", "check", "check_blocks", "readable"]
 
 NAMES = (
     "attn_mask", "bias", "alibi_slopes", "sinks", "score_weight", "prefix_lengths", "global_mask", "document_ids",
@@ -69,6 +69,8 @@ def check(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
                 raise DtypeError(name, f"expected a torch.Generator, got {_said(value)}")
             continue
         _check_one(spec, sizes, name, _tensor(name, value), q)
+    if not _only_bounded(spec, tensors):
+        check_blocks(spec, sizes.skv, tensors)
     for name, x in (("k", k), ("v", v), *tensors.items()):
         # A generator may differ: torch wants it on the device of the drawn tensor, which the backend owns.
         if isinstance(x, Tensor) and x.device != q.device:
@@ -202,9 +204,16 @@ def _sizes(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mappin
     for name, size in (("q", head_dim), ("k", head_dim_k), ("v", shape_v[-1])):
         if size < 1:
             raise ShapeError(name, f"expected head_dim >= 1, got shape {list({'q': q, 'k': k, 'v': v}[name].shape)}")
-    for name, rows in (("q", batch * q_heads * sq), ("k", batch * q_heads * skv)):
-        if rows > MAX_ROWS:
-            raise ShapeError(name, f"{rows} rows are more than any machine holds (at most 2**45); check the sizes")
+    # Of packed rows the sequences' bound says nothing: it may be T for each of many.
+    rows_q = total_q if spec.layout == "thd" else batch * sq
+    rows_k = total_k if spec.layout == "thd" and spec.page_size is None else batch * skv
+    for name, what, count in (
+        ("q", "rows", q_heads * rows_q), ("k", "rows", q_heads * rows_k),
+        ("k", "rows in pages", q_heads * pages * (spec.page_size or 0)),
+        ("q", "columns", head_dim), ("k", "columns", head_dim_k), ("v", "columns", shape_v[-1]),
+    ):  # fmt: skip
+        if count >= MAX_ROWS:
+            raise ShapeError(name, f"expected fewer than 2**45 {what}, got {count}; no machine holds them")
     return Sizes(batch, q_heads, kv_heads, sq, skv, head_dim, head_dim_k, shape_v[-1], total_q, total_k, pages)
 
 
@@ -216,6 +225,8 @@ def _longest(side: str, cu: Tensor, given: object, total: int) -> int:
             raise DtypeError(name, f"expected an int, got {_said(given)}")
         if given < 0:
             raise ShapeError(name, f"expected a length >= 0, got {given}")
+        if given >= MAX_ROWS:
+            raise ShapeError(name, f"expected a length below 2**45, got {given}")
         return given  # type: ignore[return-value]  # a SymInt stands for an int under tracing
     if readable(cu) and cu.numel() > 1:
         return max(int((cu[1:] - cu[:-1]).max()), 0)
@@ -340,12 +351,29 @@ def _check_descale(spec: AttentionSpec, s: Sizes, name: str, x: Tensor) -> None:
     else:
         _shape(name, x, "[B, Hkv, N]")
         _broadcast(name, x, "[B, Hkv, N]", (s.batch, s.kv_heads, x.shape[-1]))
-        block = spec.page_size or block_of(s.skv, x.shape[-1])
-        if -(-s.skv // block) != x.shape[-1]:
+
+
+def _only_bounded(spec: AttentionSpec, tensors: Mapping[str, Any]) -> bool:
+    """Is skv but the bound T, since the longest packed sequence is neither said nor readable?"""
+    if spec.layout != "thd" or spec.page_size is not None or tensors.get("max_seqlen_k") is not None:
+        return False
+    return not readable(tensors["cu_seqlens_k"])
+
+
+def check_blocks(spec: AttentionSpec, skv: int, tensors: Mapping[str, Any]) -> None:
+    """Raise ShapeError where descales of scaling="block", of checked rank, do not cut skv keys into blocks."""
+    if spec.dtype.scaling != "block":
+        return
+    for name in ("k_descale", "v_descale"):
+        if tensors.get(name) is None:
+            continue
+        count = tensors[name].shape[-1]
+        block = spec.page_size or block_of(skv, count)
+        if -(-skv // block) != count:
             raise ShapeError(
                 name,
                 "expected N = ceil(Skv / block) scales, where a block is a page or a power of two keys; "
-                f"N={x.shape[-1]} cuts Skv={s.skv} into no such blocks",
+                f"N={count} cuts Skv={skv} into no such blocks",
             )
 
 

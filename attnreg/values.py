@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from attnreg.errors import InputError
 from attnreg.spec import AttentionSpec
-from attnreg.validate import Sizes
+from attnreg.validate import Sizes, check_blocks
 
 __all__ = ["VALUE_NAMES", "check_values"]
 
@@ -61,6 +62,9 @@ def _cumulative(name: str, values: list[int], spec: AttentionSpec, sizes: Sizes,
             raise InputError(f"max_seqlen_{side}", f"expected at least the longest sequence, {step}, got {longest}")
     if values[-1] != total:
         raise InputError(name, f"expected to end at the {total} packed rows of {side}, got {values[-1]}")
+    if side == "k" and longest is None:
+        # Shapes alone cannot tell on a device, where the longest sequence was not read.
+        check_blocks(spec, max((b - a for a, b in itertools.pairwise(values)), default=0), tensors)
 
 
 def _table(name: str, rows: list[list[int]], spec: AttentionSpec, sizes: Sizes, tensors: Mapping[str, Any]) -> None:

@@ -56,6 +56,8 @@ def block_layout(
     each sequence is a batch and documents are already apart. device: where the arrays go; `Custom` masks are
     evaluated there.
 
+    Of no batch, the layout is that of one batch without rows and keys: nothing is live.
+
     Time and memory are O(live blocks), plus the evaluation of the different undecided tiles; `attn_mask` is read
     once, and `Custom` is evaluated block by block, in bounded memory.
 
@@ -68,7 +70,7 @@ def block_layout(
         ("block_q", block_q, 1),
         ("block_kv", block_kv, 1),
         ("heads", heads, 1),
-        ("batch", batch, 1),
+        ("batch", batch, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(name, f"expected an integer >= {least}, got {value!r}")
@@ -78,6 +80,11 @@ def block_layout(
     kv_lens = _lengths("kv_len", kv_len, batch, skv, 0, skv)
     pattern_lens = _lengths("pattern_keys", pattern_keys, batch, skv, 0, skv)
     offsets = _lengths("offset", offset, batch, kv_lens - q_lens, -(2**61), 2**61)
+    if not batch:
+        none, zero = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        grid = Grid(sq, skv, block_q, block_kv, 1, 1, zero, zero, zero, zero)
+        bits = BitTiles(mask.allows, {}, packed, torch.device("cpu"))
+        return _finish(grid, Tiles(grid, none, none), none, bits, 0, heads, q_len, kv_len, torch.device(device))
     # Custom reads tensors of its own, which live where the call's do.
     where = torch.device(device) if any(isinstance(x, m.Custom) for x in m.walk(mask)) else torch.device("cpu")
     by_batch, by_head = _depends(mask, pattern, given, (q_lens, kv_lens, offsets, pattern_lens), where)

@@ -11,7 +11,6 @@ dropout, GQA) becomes an AttentionSpec; what is not known raises, so that nothin
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as hf
 
-from attnreg.dispatch import attention
 from attnreg.errors import InputError, UnexpectedTensorError
+from attnreg.integrations.call import Window, call
+from attnreg.integrations.structured_mask import StructuredMask, check_sizes, check_tensor
 from attnreg.masks import Causal, Dense, Full, Mask, Padding, SlidingWindow
-from attnreg.scores import ScaledDot
-from attnreg.spec import AttentionSpec
 
 __all__ = ["StructuredMask", "attention_forward", "attention_mask", "register"]
 
@@ -33,32 +31,13 @@ SILENT = frozenset(
         "position_ids", "cache_position", "use_cache", "past_key_values", "past_key_value", "output_hidden_states",
         "return_dict", "output_router_logits", "num_items_in_batch", "logits_to_keep", "layer_idx", "token_type_ids",
         "position_embeddings", "is_training", "inputs_embeds", "labels", "input_ids", "encoder_hidden_states",
-        "block_sequence_ids", "cache_params", "mask", "deterministic",
+        "block_sequence_ids", "cache_params",
     }
 )  # fmt: skip
 
-
-@dataclass(frozen=True, eq=False)
-class StructuredMask:
-    """What the mask function hands to each layer: a mask expression with its tensors, instead of Sq x Skv bools.
-
-    query_offset: where query row 0 stands on the keys' time line; an int, or a one-element tensor where a
-    static cache keeps it on the device.
-    """
-
-    mask: Mask
-    tensors: dict[str, Tensor]
-    query_offset: int | Tensor
-    shape: tuple[int, int, int, int]
-
-    @property
-    def ndim(self) -> int:
-        """4, as of the tensor that it stands for: transformers looks before it converts a 2-D mask."""
-        return 4
-
-    def contiguous(self) -> StructuredMask:
-        """Itself: generate() asks this of every mask that it makes ahead for a static cache."""
-        return self
+# Made once: Dynamo knows an object of the module's own, and can make none itself.
+CAUSAL, FULL, DENSE = Causal(), Full(), Dense()
+CAUSAL_DENSE, FULL_DENSE = CAUSAL & DENSE, FULL & DENSE
 
 
 def register(name: str = "attnreg") -> None:
@@ -85,23 +64,24 @@ def attention_mask(
     if isinstance(attention_mask, StructuredMask):
         return attention_mask
     shape = (batch_size, 1, q_length, kv_length)
+    device = torch.device(kwargs.get("device", "cpu"))
     offset = q_offset - kv_offset
     expression = _expression(mask_function) if not use_vmap else None
     if expression is None:
         whole = kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
         make: Any = hf.sdpa_mask  # annotated int there, but a static cache's offset is a tensor
         dense = make(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **whole)
-        return StructuredMask(Dense(), {"attn_mask": dense}, offset, shape)
+        return StructuredMask(DENSE, {"attn_mask": dense}, offset, shape, device)
     padding = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is None:
-        return StructuredMask(expression, {}, offset, shape)
+        return StructuredMask(expression, {}, offset, shape, device)
     real = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     lengths = _right_padded(real)
     if lengths is None:
-        return StructuredMask(expression & Dense(), {"attn_mask": real[:, None, None, :]}, offset, shape)
+        return StructuredMask(_and_dense(expression), {"attn_mask": real[:, None, None, :]}, offset, shape, device)
     if bool((lengths == kv_length).all()):
-        return StructuredMask(expression, {}, offset, shape)
-    return StructuredMask(expression & Padding(), {"kv_lengths": lengths}, offset, shape)
+        return StructuredMask(expression, {}, offset, shape, device)
+    return StructuredMask(_kept(expression & Padding()), {"kv_lengths": lengths}, offset, shape, device)
 
 
 def _right_padded(real: Tensor) -> Tensor | None:
@@ -121,24 +101,39 @@ _BOTH_SIDES = hf.sliding_window_bidirectional_overlay(1).__code__
 def _expression(function: Any) -> Mask | None:
     """The mask expression of a mask function that transformers built from its own parts; None for any other."""
     if function is hf.causal_mask_function:
-        return Causal()
+        return CAUSAL
     if function is hf.bidirectional_mask_function:
-        return Full()
+        return FULL
     code = getattr(function, "__code__", None)
-    if code is None or function.__closure__ is None:
+    if code is None or torch.compiler.is_dynamo_compiling():  # which shows no closures
+        return None
+    if function.__closure__ is None:
         return None
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
-    if code is _WINDOW:  # kv > q - window, with no bound on the right
-        return SlidingWindow(held["sliding_window"] - 1, _FAR)
+    if code is _WINDOW:  # kv > q - window, with no bound on the right; a window of 0 sees nothing, as Qwen2-MoE's
+        return _kept(SlidingWindow(held["sliding_window"] - 1, _FAR)) if held["sliding_window"] > 0 else None
     if code is _BOTH_SIDES:
-        return SlidingWindow(held["sliding_window"], held["sliding_window"])
+        return _kept(SlidingWindow(held["sliding_window"], held["sliding_window"]))
     if code is _AND:
         parts = [_expression(part) for part in held["mask_functions"]]
-        return None if None in parts else functools.reduce(lambda a, b: a & b, [p for p in parts if p is not None])
+        known = [part for part in parts if part is not None]
+        return _kept(functools.reduce(lambda a, b: a & b, known)) if len(known) == len(parts) else None
     return None
 
 
 _FAR = 2**61
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(mask: Mask) -> Mask:
+    """One object a meaning: a compiled model that takes a mask made ahead is guarded by which object it is."""
+    return mask
+
+
+def _and_dense(mask: Mask) -> Mask:
+    if mask is CAUSAL or mask is FULL:
+        return CAUSAL_DENSE if mask is CAUSAL else FULL_DENSE
+    return _kept(mask & DENSE)
 
 
 def attention_forward(
@@ -154,55 +149,47 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    deterministic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] to [B, Sq, Hq, Dv].
 
     attention_mask: what `attention_mask` made; a 4-D mask of the user's own, bool (True = may attend) or additive;
     or None, which means causal or full as `is_causal` or the module says. Raises InputError for anything that
-    would change the result and is not known here, attention weights among them.
+    would change the result and is not known here, attention weights among them, and for a mask of other sizes.
     """
     _refuse_unknown(module, kwargs)
     sq, skv = query.shape[2], key.shape[2]
     tensors: dict[str, Any] = {}
-    if isinstance(attention_mask, StructuredMask):
+    window: Window = ()
+    align = "bottom_right"
+    if attention_mask is None:
+        mask, window = _bare_mask(module, is_causal, sliding_window, sq, skv)
+    elif isinstance(attention_mask, StructuredMask):
+        check_sizes(attention_mask, query, skv)
         mask, align = attention_mask.mask, _align(attention_mask, sq, skv, tensors, query)
         tensors |= attention_mask.tensors
-        if attention_mask.shape[3] != skv:
-            raise InputError("attention_mask", f"made for {attention_mask.shape[3]} keys, the layer has {skv}")
-    elif attention_mask is None:
-        mask, align = _bare_mask(module, is_causal, sliding_window, sq, skv), "bottom_right"
-    elif attention_mask.dtype == torch.bool:
-        mask, align = Dense(), "bottom_right"
-        tensors["attn_mask"] = attention_mask[..., :skv]
     else:
-        mask, align = Full(), "bottom_right"
-        additive = attention_mask[..., :skv]
-        position_bias = additive if position_bias is None else position_bias + additive
+        check_tensor(attention_mask, query, skv)
+        given = attention_mask[..., :skv]
+        if given.dtype == torch.bool:
+            mask, tensors["attn_mask"] = DENSE, given
+        else:
+            mask, position_bias = FULL, given if position_bias is None else position_bias + given
     if position_bias is not None:
         tensors["bias"] = position_bias.to(query.dtype)
     if s_aux is not None:
         tensors["sinks"] = s_aux
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    spec = _spec(mask, align, scale, softcap or 0.0, position_bias is not None, s_aux is not None, dropout or 0.0)
-    out = attention(spec, query, key, value, **tensors)
+    said = (align, scale, softcap or 0.0, dropout or 0.0, bool(deterministic))
+    out = call(mask, window, said, query, key, value, tensors)
     return out.transpose(1, 2).contiguous(), None
-
-
-@functools.lru_cache(maxsize=1024)
-def _spec(
-    mask: Mask, align: Any, scale: float, softcap: float, bias: bool, sinks: bool, dropout_p: float
-) -> AttentionSpec:
-    """One spec object a meaning: making one costs far more than a call."""
-    return AttentionSpec(
-        mask=mask, align=align, score=ScaledDot(scale), softcap=softcap, bias=bias, sinks=sinks, dropout_p=dropout_p
-    )
 
 
 def _align(made: StructuredMask, sq: int, skv: int, tensors: dict[str, Any], query: Tensor) -> str:
     """How the spec says the offset: bottom_right counts from kv_lengths, so a padded pass says top_left."""
     offset = made.query_offset
-    if isinstance(offset, int):
+    if not isinstance(offset, Tensor):
         if "kv_lengths" not in made.tensors and offset == skv - sq:
             return "bottom_right"
         if offset == 0:
@@ -213,7 +200,7 @@ def _align(made: StructuredMask, sq: int, skv: int, tensors: dict[str, Any], que
     return "offset"
 
 
-def _bare_mask(module: nn.Module, is_causal: bool | None, window: int | None, sq: int, skv: int) -> Mask:
+def _bare_mask(module: nn.Module, is_causal: bool | None, window: int | None, sq: int, skv: int) -> tuple[Mask, Window]:
     """The mask where transformers passes none: the argument says, else the module does; a guess would be silent."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", None)
     if causal is None:
@@ -222,13 +209,18 @@ def _bare_mask(module: nn.Module, is_causal: bool | None, window: int | None, sq
             f"None, and neither is_causal nor {type(module).__name__}.is_causal says whether that means causal or full",
         )
     if not causal:
-        return Full() if window is None else SlidingWindow(window, window)
+        return FULL, () if window is None else (window, window)
     if 1 < sq != skv:
         raise InputError(
             "attention_mask",
             f"None for causal attention of {sq} queries on {skv} keys: where the queries stand is not said",
         )
-    return Causal() if window is None else Causal() & SlidingWindow(window - 1)
+    if window is not None and window < 1:
+        raise InputError(
+            "sliding_window",
+            f"{window} for causal attention without a mask: no keys, or no window at all? Pass None for no window",
+        )
+    return CAUSAL, () if window is None else (window - 1, 0)
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:

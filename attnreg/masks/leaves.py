@@ -114,7 +114,8 @@ class Dilated(Mask):
 
     def allows(self, c: Coords) -> Tensor:
         distance = (c.j - c.p).abs()
-        return (distance % self.dilation == 0) & (distance <= self.window // 2 * self.dilation)
+        reach = min(self.window // 2 * self.dilation, 2**62)  # no distance is larger, and int64 ends there
+        return (distance % self.dilation == 0) & (distance <= reach)
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,11 @@ class Global(Mask):
         if self.tokens is None:
             table: Tensor = c.tensors["global_mask"]
             size = table.shape[-1]
+            if _no_key(size):
+                return _never(c)
             at_query = table[c.b, c.p.clamp(0, size - 1)] & (c.p >= 0) & (c.p < size)
             return at_query | table[c.b, c.j]
-        out = (c.p != c.p) & (c.j != c.j)
+        out = _never(c)
         for first, last in _runs(self.tokens):
             out = out | ((c.p >= first) & (c.p <= last)) | ((c.j >= first) & (c.j <= last))
         return out
@@ -166,6 +169,8 @@ class Document(Mask):
             return Full().allows(c)
         table: Tensor = c.tensors["document_ids"]
         size = table.shape[-1]
+        if _no_key(size):
+            return _never(c)
         same = table[c.b, c.p.clamp(0, size - 1)] == table[c.b, c.j]
         return same & (c.p >= 0) & (c.p < size)
 
@@ -231,6 +236,15 @@ def longformer(window: int, tokens: tuple[int, ...] | None = None) -> Mask:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise SpecError(f"longformer(window): expected an integer >= 1, got {window!r}")
     return SlidingWindow(window // 2, window // 2) | Global(tokens)
+
+
+def _no_key(size: Any) -> bool:
+    """Is there no key at all, so that a position cannot be looked up? Adds no guard to a trace."""
+    return isinstance(size, int) and size == 0
+
+
+def _never(c: Coords) -> Tensor:
+    return (c.p != c.p) & (c.j != c.j)
 
 
 def _floordiv(x: Tensor, by: int) -> Tensor:

@@ -38,6 +38,7 @@ class LocalBench:
         self.hardware: Hardware = detect(plan.problem.device)
         if plan.threads and self.hardware.kind == "cpu":
             torch.set_num_threads(plan.threads)
+        self.bucket = plan.problem.bucket()  # what a call asks backends about, and prepares
         self.inputs = make_inputs(plan.problem, seed=plan.seed)
         self.clock = Clock(self.hardware, plan.cache, plan.sample_seconds)
         self._probes: Probes | None = None
@@ -53,14 +54,14 @@ class LocalBench:
 
     def about(self) -> About:
         """See `Bench.about`."""
-        return About(registry.current().versions(self.plan.problem, self.hardware), self.clock.name)
+        return About(registry.current().versions(self.bucket, self.hardware), self.clock.name)
 
     def gate(self, candidate: Candidate, budget: Literal["quick", "full"] = "quick") -> Verdict:
         """Check against the oracle, on adversarial inputs. A candidate outside its space is refused here."""
         self.at(candidate)
         try:
             entry = registry.current().get(candidate.backend)
-            config = entry.backend.space(self.plan.problem, self.hardware).check(candidate.config)
+            config = entry.backend.space(self.bucket, self.hardware).check(candidate.config)
             r = check_backend(
                 entry.backend, self.plan.problem, config, self.hardware, budget=budget, truths=self._truths
             )
@@ -81,8 +82,8 @@ class LocalBench:
         self.at(candidate)
         try:
             backend = registry.current().get(candidate.backend).backend
-            config = backend.space(self.inputs.problem, self.hardware).check(candidate.config)
-            call = bind(backend.prepare(self.inputs.problem, config), self.inputs)
+            config = backend.space(self.bucket, self.hardware).check(candidate.config)
+            call = bind(backend.prepare(self.bucket, config), self.inputs)
             first = self.clock.once(call)
             seconds = self.clock.once(call)
             if give_up and seconds > max(give_up, self.plan.sample_seconds):

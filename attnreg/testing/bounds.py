@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from attnreg.problem import Problem
 from attnreg.testing.inputs import Inputs
 from attnreg.testing.oracle import Part, attend
 from attnreg.testing.quantised import Rounding, stored
+from attnreg.testing.second import other_values, transposed
 from attnreg.testing.sequences import pick_rows
 
-__all__ = ["Limit", "Truth", "find_truth"]
+__all__ = ["Limit", "Truth", "find_truth", "find_truths"]
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -33,7 +34,8 @@ class Limit:
 class Truth:
     """The oracle's answer at the sampled rows, the weights of the backward pass, and the bounds.
 
-    rows: sequence -> query rows. grads: by leaf, in float64. limits: by "out", "lse" and leaf.
+    rows: sequence -> query rows. grads: by leaf, in float64. limits: by "out", "lse" and leaf. summed: the weights are
+    1 everywhere. changed: which of q, k and v hold other values. after: the truth of the run that follows, with such.
     """
 
     rows: Mapping[int, Tensor]
@@ -42,12 +44,39 @@ class Truth:
     grad_out: Tensor
     grad_lse: Tensor | None
     limits: dict[str, Limit] = field(default_factory=dict)
+    summed: bool = False
+    changed: tuple[str, ...] = ()
+    after: Truth | None = None
+
+    def weights(self, again: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The weights for one backward pass, which may write to them. again: not dense, but transposed in memory.
+
+        Those of a sum have stride 0 in every dimension, as `out.sum().backward()` gives them.
+        """
+        lay_out = _repeated if self.summed else transposed if again else torch.clone
+        return lay_out(self.grad_out), None if self.grad_lse is None else lay_out(self.grad_lse)
 
 
-def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None = None) -> Truth:
-    """Compute oracle and plain computation at `rows`; the backward weights are 0 at every other row."""
+def find_truths(
+    inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None = None, *, summed: bool = False
+) -> Truth:
+    """`find_truth` of the inputs, and of what a second run finds at their addresses."""
+    # Which weights dropout kept was read off where it could be seen under these queries and keys.
+    changed = ("q", "k", "v") if keep is None else ("v",)
+    with other_values(inputs, changed):
+        after = replace(find_truth(inputs, rows, keep, summed=summed), changed=changed)
+    return replace(find_truth(inputs, rows, keep, summed=summed), after=after)
+
+
+def find_truth(
+    inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None = None, *, summed: bool = False
+) -> Truth:
+    """Compute oracle and plain computation at `rows`; the backward weights are 0 at every other row.
+
+    summed: weights of 1; `rows` must be all rows then.
+    """
     p = inputs.problem
-    grad_out, grad_lse = _weights(inputs, rows)
+    grad_out, grad_lse = _weights(inputs, rows, summed)
     exact: Solver = (inputs, rows, grad_out, grad_lse, keep, torch.float64, None)
     parts, grads, floors = _solve(*exact, noise=True)
     if grads and p.out_dtype not in HALF:  # there, the plain computation's own rounding is far larger
@@ -61,7 +90,7 @@ def find_truth(inputs: Inputs, rows: Mapping[int, Tensor], keep: Tensor | None =
     for name, grad in grads.items():
         plain_grad = plain_grads[name].to(inputs.leaves[name].dtype).double()
         limits[name] = _grad_limit(p, grad, plain_grad, floors[name], rounding is not None)
-    return Truth(rows, parts, grads, grad_out, grad_lse, limits)
+    return Truth(rows, parts, grads, grad_out, grad_lse, limits, summed)
 
 
 def _amplitude(inputs: Inputs, parts: list[Part], rows: Mapping[int, Tensor], keep: Tensor | None) -> float:
@@ -81,11 +110,19 @@ def rounding_of(p: Problem) -> Rounding | None:
     return None if p.spec.dtype.compute == "same" else Rounding(getattr(torch, p.spec.dtype.compute))
 
 
-def _weights(inputs: Inputs, rows: Mapping[int, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Random weights of out and lse in the backward pass, 0 outside the sampled rows."""
+def _repeated(x: Tensor) -> Tensor:
+    return x.new_ones(()).expand(x.shape)
+
+
+def _weights(inputs: Inputs, rows: Mapping[int, Tensor], summed: bool) -> tuple[Tensor, Tensor | None]:
+    """Random weights of out and lse in the backward pass, 0 outside the sampled rows; or 1, of a sum."""
     p, spec, q = inputs.problem, inputs.problem.spec, inputs.q
     generator = torch.Generator(q.device).manual_seed(inputs.seed + 77)
     shape = (*q.shape[:-1], p.head_dim_v)
+    if summed:
+        ones = _repeated(torch.empty(shape, dtype=p.out_dtype, device=q.device))
+        row = ones[..., 0] if spec.layout == "bhsd" else ones[..., 0].transpose(-1, -2)
+        return ones, _repeated(row.float()) if spec.return_lse else None
     full = torch.randn(shape, generator=generator, device=q.device)
     weight = torch.zeros_like(full)
     heads_last = full.transpose(1, 2) if spec.layout == "bhsd" else full

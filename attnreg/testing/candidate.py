@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg.testing.bounds import Limit, Truth, find_truth, lse_rows
+from attnreg.testing.bounds import Limit, Truth, find_truths, lse_rows
 from attnreg.testing.inputs import Inputs
-from attnreg.testing.run_once import Outcome, Refused, Watch, heap_poison, poisoned_allocations, run_once
+from attnreg.testing.run_once import (
+    Outcome,
+    Refused,
+    Watch,
+    check_memory,
+    heap_poison,
+    poisoned_allocations,
+    run_once,
+)
+from attnreg.testing.second import other_values
 from attnreg.testing.sequences import pick_rows, shapes
 
 __all__ = ["GateResult", "check_candidate", "sample_rows"]
+
+Errors = tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -46,32 +58,22 @@ def check_candidate(
     poison: bool = True,
     truth: Truth | None = None,
     keep: Tensor | None = None,
+    summed: bool = False,
 ) -> GateResult:
-    """Run the candidate on the inputs and compare it with the oracle.
+    """Run the candidate twice and compare it with the oracle: on the inputs, then on other values where they lie.
 
     rows: the query rows to compare (sequence -> int64 rows), all of them if None; NaN is looked for everywhere.
     poison: run once with every fresh allocation of torch filled with NaN; memory that was just freed is filled in
-    any case. Whatever the candidate raises is a failure with that text.
+    any case. truth: the oracle's answer if it is known; one without `after` has the inputs hold the same values twice.
+    summed: have the gradient that a sum gives instead of random ones, at all rows. Whatever the candidate raises is a
+    failure with that text.
     """
     case = str(inputs)
     try:
-        chosen = sample_rows(inputs) if rows is None else rows
-        found = find_truth(inputs, chosen, keep) if truth is None else truth
-        watch = Watch(inputs)
-        heap_poison(inputs, float("nan"))
-        if poison:
-            with poisoned_allocations():
-                first = run_once(run, inputs, found.grad_out, found.grad_lse)
-        else:
-            first = run_once(run, inputs, found.grad_out, found.grad_lse)
-        _clean(first)
-        heap_poison(inputs, 7.0)
-        second = run_once(run, inputs, found.grad_out, found.grad_lse)
-        watch.check()
-        _clean(second)
-        measured = [_compare(inputs, found, outcome) for outcome in (first, second)]
-        if inputs.problem.spec.deterministic:
-            _repeats(second, run_once(run, inputs, found.grad_out, found.grad_lse))
+        if truth is None:
+            chosen = sample_rows(inputs) if rows is None or summed else rows
+            truth = find_truths(inputs, chosen, keep, summed=summed)
+        measured = _measured(run, inputs, truth, poison)
     except Refused as why:
         return GateResult(False, str(why), float("inf"), 0.0, case=case, checked=0)
     except Exception as error:
@@ -79,6 +81,32 @@ def check_candidate(
     (off, bound), (grad_off, grad_bound) = measured[-1]
     grads = bool(inputs.leaves)
     return GateResult(True, "", off, bound, grad_off if grads else None, grad_bound if grads else None, case)
+
+
+def _measured(run: Callable[..., Any], inputs: Inputs, truth: Truth, poison: bool) -> list[Errors]:
+    """The errors of two runs, or Refused. The second one tells whether the candidate keeps something of the first."""
+    watch = Watch(inputs)
+    heap_poison(inputs, float("nan"))
+    with poisoned_allocations() if poison else contextlib.nullcontext():
+        first = run_once(run, inputs, *truth.weights())
+    watch.check()
+    _clean(first)
+    before = {name: x.clone() for name, x in first.tensors.items()}
+    after = truth.after or truth
+    with other_values(inputs, after.changed):
+        watch = Watch(inputs)
+        heap_poison(inputs, 7.0)
+        second = run_once(run, inputs, *after.weights(again=True))
+        watch.check()
+        _clean(second)
+        check_memory(inputs, second, first)
+        for name, x in first.tensors.items():
+            if not torch.equal(x, before[name]):
+                raise Refused(f"{name} of one run was changed by the next")
+        measured = [_compare(inputs, truth, first), _compare(inputs, after, second)]
+        if inputs.problem.spec.deterministic:
+            _repeats(second, run_once(run, inputs, *after.weights(again=True)))
+    return measured
 
 
 def sample_rows(inputs: Inputs, pairs: int = 1 << 62) -> dict[int, Tensor]:
@@ -121,9 +149,6 @@ def _clean(outcome: Outcome) -> None:
 
 def _where(bad: Tensor) -> str:
     return f"{bad.nonzero()[0].tolist()} and {int(bad.sum()) - 1} other places"
-
-
-Errors = tuple[tuple[float, float], tuple[float, float]]
 
 
 def _compare(inputs: Inputs, truth: Truth, outcome: Outcome) -> Errors:

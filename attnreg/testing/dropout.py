@@ -24,11 +24,12 @@ ROUNDED = {torch.float8_e4m3fn: 2.0**-17, torch.float8_e5m2: 2.0**-30}
 """The same where weights may be rounded to 8 bits: the formats' smallest values at a scale of 2**8 or 2**14."""
 
 
-def check_dropout(run: Callable[..., Any], inputs: Inputs, *, poison: bool = True) -> GateResult:
+def check_dropout(run: Callable[..., Any], inputs: Inputs, *, poison: bool = True, summed: bool = False) -> GateResult:
     """The candidate is linear in v, so one-hot values read off which weights it kept under one generator seed.
 
     It must keep the same ones again under the same seed, others under another, a share of 1 - dropout_p of them
-    (within six standard deviations), and its output and gradients must be the oracle's for those.
+    (within six standard deviations), and its output and gradients must be the oracle's for those. summed: see
+    `check_candidate`.
     """
     case = str(inputs)
     try:
@@ -40,7 +41,7 @@ def check_dropout(run: Callable[..., Any], inputs: Inputs, *, poison: bool = Tru
     reason = _reason(inputs.problem.spec.dropout_p, keep, again, other, allowed)
     if reason:
         return GateResult(False, reason, float("inf"), case=case, checked=0)
-    return check_candidate(run, inputs, poison=poison, keep=keep)
+    return check_candidate(run, inputs, poison=poison, keep=keep, summed=summed)
 
 
 def _reason(p: float, keep: Tensor, again: Tensor, other: Tensor, allowed: Tensor) -> str:

@@ -11,7 +11,7 @@ from attnreg.hardware import Hardware
 from attnreg.problem import Problem, bucket_size
 from attnreg.space import Config
 from attnreg.spec import HeadGrouping
-from attnreg.testing.bounds import Truth, find_truth
+from attnreg.testing.bounds import Truth, find_truths
 from attnreg.testing.candidate import GateResult, check_candidate, sample_rows
 from attnreg.testing.dropout import check_dropout
 from attnreg.testing.inputs import Flavour, Inputs, make_inputs
@@ -37,12 +37,13 @@ PAIRS = {"quick": 1 << 20, "full": 1 << 24}
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing to try: inputs of a problem in a flavour. why: what this trial stands for."""
+    """One thing to try: inputs of a problem in a flavour. why: what it stands for. summed: of gradients of a sum."""
 
     problem: Problem
     flavour: Flavour
     why: str
     seed: int = 0
+    summed: bool = False
 
 
 def check_backend(
@@ -56,35 +57,37 @@ def check_backend(
 ) -> GateResult:
     """Pass or fail of a backend's configuration on a problem, at the first failure.
 
-    The prepared callable runs the problem itself (the oracle computes a sample of its rows where it is large) and
-    other sizes of its bucket; the configuration is then prepared for the lengths of LENGTHS with few heads. "quick"
-    draws one flavour a length, "full" every flavour. A trial that the backend refuses, or whose configuration is
-    not in its space (then its default is tried), is no failure. truths: filled with the oracle's answers, and read
-    from on later calls, so that many configurations of one problem pay for the oracle once.
+    The backend is asked about the bucket and prepared for it, as a call would. That callable runs the problem itself
+    (the oracle computes a sample of its rows where it is large) and other sizes of its bucket; the configuration is
+    then prepared for the lengths of LENGTHS with few heads, and for a sum's gradients where there are any. "quick"
+    draws one flavour a length, "full" every flavour. A trial that the backend refuses, or whose configuration is not in
+    its space (then its default is tried), is no failure. truths: filled with the oracle's answers, and read from on
+    later calls, so that many configurations of one problem pay for the oracle once.
     """
     prepared: dict[Problem, Callable[..., Any]] = {}
     results: list[GateResult] = []
     skipped: list[str] = []
     for trial in trials(problem, budget):
         inputs = make_inputs(trial.problem, trial.flavour, trial.seed)
-        why = backend.supports(inputs.problem, hardware)
+        bucket = inputs.problem.bucket()
+        why = backend.supports(bucket, hardware)
         if why:
             if not results:
                 return GateResult(False, f"refused: {'; '.join(why)}", float("inf"), case=str(inputs), checked=0)
             skipped.append(f"{trial.why}: {'; '.join(why)}")
             continue
-        bucket = inputs.problem.bucket()
         try:
             if bucket not in prepared:
-                prepared[bucket] = _prepare(backend, inputs.problem, config, hardware, first=not results)
+                prepared[bucket] = _prepare(backend, bucket, config, hardware, first=not results)
         except Exception as error:
             reason = f"prepare raised {type(error).__name__}: {error}"
             return GateResult(False, reason, float("inf"), case=str(inputs), checked=len(results))
         run, known = prepared[bucket], truths if truths is not None else {}
         if (trial, budget) not in known and not inputs.problem.spec.dropout_p:
-            known[trial, budget] = find_truth(inputs, sample_rows(inputs, PAIRS[budget]))
-        truth = known.get((trial, budget))
-        result = check_inputs(run, inputs, pairs=PAIRS[budget], poison=budget == "full", truth=truth)
+            rows = sample_rows(inputs) if trial.summed else sample_rows(inputs, PAIRS[budget])
+            known[trial, budget] = find_truths(inputs, rows, summed=trial.summed)
+        truth, poison = known.get((trial, budget)), budget == "full"
+        result = check_inputs(run, inputs, pairs=PAIRS[budget], poison=poison, truth=truth, summed=trial.summed)
         if not result.ok:
             return replace(result, reason=f"{trial.why}: {result.reason}", checked=len(results))
         results.append(result)
@@ -98,24 +101,23 @@ def check_inputs(
     pairs: int = 1 << 24,
     poison: bool = True,
     truth: Truth | None = None,
+    summed: bool = False,
 ) -> GateResult:
     """`check_candidate` at a bounded number of score entries; dropout is checked by the weights that it kept."""
     if inputs.problem.spec.dropout_p:
-        return check_dropout(run, inputs, poison=poison)
+        return check_dropout(run, inputs, poison=poison, summed=summed)
     rows = sample_rows(inputs, pairs) if truth is None else truth.rows
-    if truth is not None:
-        # The candidate is handed the backward weights, and might write to them.
-        weights = truth.grad_lse.clone() if truth.grad_lse is not None else None
-        truth = replace(truth, grad_out=truth.grad_out.clone(), grad_lse=weights)
-    return check_candidate(run, inputs, rows=rows, poison=poison, truth=truth)
+    return check_candidate(run, inputs, rows=rows, poison=poison, truth=truth, summed=summed)
 
 
 def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iterator[Trial]:
-    """What the gate tries, in order: the problem, its bucket, the lengths."""
+    """What the gate tries, in order: the problem, its bucket, the gradients of a sum, the lengths."""
     yield Trial(problem, "normal", "the problem itself")
     for n, other in enumerate(bucket_mates(problem)):
         yield Trial(other, ("large", "low", "empty")[n % 3], "another size of the same bucket", seed=n + 1)
     small = _few_heads(problem)
+    if problem.needs_grad:
+        yield Trial(_of_length(small, 65), "normal", "the gradients of a sum, of stride 0", seed=1, summed=True)
     flavours: tuple[Flavour, ...] = (*ORDER, "edges") if problem.spec.bias else ORDER
     for n, length in enumerate(LENGTHS):
         for m in range(len(flavours) if budget == "full" else 1):
@@ -131,7 +133,10 @@ def _prepare(backend: Backend, problem: Problem, config: Config, hardware: Hardw
 
 
 def bucket_mates(problem: Problem) -> list[Problem]:
-    """Problems of other sizes that the same prepared callable must serve: the smallest, and one with L % 128 == 64."""
+    """Problems of other sizes that the same prepared callable must serve.
+
+    The shortest, one with L % 128 == 64, and another batch of the shortest.
+    """
     out = []
     low, high = bucket_size(problem.skv) // 2 + 1, bucket_size(problem.skv)
     for skv in (low, high - 64 if high > 128 else high):
@@ -146,6 +151,10 @@ def bucket_mates(problem: Problem) -> list[Problem]:
             sq = min(max(sq_low, problem.sq - 1), bucket_size(problem.sq))
             if sq != skv:
                 out.append(_sized(problem, sq, skv))
+    least, most = bucket_size(problem.batch) // 2 + 1, bucket_size(problem.batch)
+    batch = least if problem.batch != least else most
+    if batch != problem.batch and problem.batch:
+        out.append(_of_batch(out[0] if out else problem, batch))
     return out
 
 
@@ -161,6 +170,15 @@ def _sized(problem: Problem, sq: int, skv: int) -> Problem:
     if problem.square and problem.total_q == problem.total_k and problem.total_q:
         sizes["total_k"] = sizes["total_q"]
     return replace(problem, **sizes)
+
+
+def _of_batch(problem: Problem, batch: int) -> Problem:
+    """The problem with another batch; packed totals fit it, inside their bucket."""
+    sizes = {}
+    for name, longest in (("total_q", problem.sq), ("total_k", problem.skv)):
+        total = getattr(problem, name)
+        sizes[name] = min(total, batch * longest)
+    return replace(problem, batch=batch, **sizes)
 
 
 def _few_heads(problem: Problem) -> Problem:

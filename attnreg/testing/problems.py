@@ -156,7 +156,7 @@ def _scores() -> Iterator[Feature]:
 
 def _shapes() -> Iterator[Feature]:
     yield Feature("mha", spec(mask=CAUSAL, heads=HeadGrouping(q=3, kv=3)), {"q_heads": 3, "kv_heads": 3})
-    yield Feature("mqa", spec(mask=CAUSAL, **LSE), {"q_heads": 6, "kv_heads": 1}, tags=CORE)
+    yield Feature("mqa", spec(mask=CAUSAL, **LSE), {"batch": 3, "q_heads": 6, "kv_heads": 1}, tags=CORE)
     yield Feature("gqa", spec(mask=CAUSAL, heads=HeadGrouping(q=12, kv=3)), {"q_heads": 12, "kv_heads": 3})
     yield Feature("mla", spec(mask=CAUSAL, **LSE), {"head_dim": 48, "head_dim_v": 32, "kv_heads": 4})
     yield Feature("wide_values", spec(), {"head_dim": 16, "head_dim_v": 72})
@@ -166,7 +166,7 @@ def _shapes() -> Iterator[Feature]:
         name = "_".join(f"{n}_{x}" for n, x in rows.items())
         yield Feature(f"tiny_{name}", spec(**LSE), rows)
     yield Feature("more_queries", spec(mask=CAUSAL, **LSE), {"sq": 130, "skv": 70})
-    yield Feature("few_queries", spec(mask=CAUSAL, **LSE), {"sq": 5, "skv": 200}, tags=CORE)
+    yield Feature("few_queries", spec(mask=CAUSAL, **LSE), {"batch": 3, "sq": 5, "skv": 200}, tags=CORE)
     yield Feature("top_left", spec(mask=CAUSAL, align="top_left", **LSE))
     yield Feature("offset", spec(mask=CAUSAL & M.SlidingWindow(40), align="offset", **LSE))
     for name, mask in {"": M.Full(), "_window": CAUSAL & M.SlidingWindow(50), "_padding": CAUSAL & M.Padding()}.items():

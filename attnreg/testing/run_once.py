@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnreg.testing.inputs import Inputs
 
-__all__ = ["Outcome", "Refused", "Watch", "heap_poison", "poisoned_allocations", "run_once"]
+__all__ = ["Outcome", "Refused", "Watch", "check_memory", "heap_poison", "poisoned_allocations", "run_once"]
 
 
 class Refused(Exception):  # noqa: N818  # a verdict on a candidate, not an error of this program
@@ -79,12 +79,21 @@ def _form(inputs: Inputs, result: Any) -> tuple[Tensor, Tensor | None]:
         if not isinstance(lse, Tensor):
             raise Refused(f"lse: expected a tensor, got {type(lse).__name__}")
         _expect("lse", lse, rows, torch.float32, inputs.q.device)
-    given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.tensors}
-    for name, x in given.items():
-        same = isinstance(x, Tensor) and x.numel() and result.numel()
-        if same and x.untyped_storage().data_ptr() == result.untyped_storage().data_ptr():
-            raise Refused(f"out shares its memory with {name}")
     return result, lse
+
+
+def check_memory(inputs: Inputs, outcome: Outcome, before: Outcome) -> None:
+    """Raise Refused where a result lies in the memory of an input, or of a result of the run before, still in use."""
+    every = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.tensors}
+    taken = {_address(x): f"{name} of the run before" for name, x in before.tensors.items() if x.numel()}
+    taken |= {_address(x): name for name, x in every.items() if isinstance(x, Tensor) and x.numel()}
+    for name, x in outcome.tensors.items():
+        if x.numel() and _address(x) in taken:
+            raise Refused(f"{name} shares its memory with {taken[_address(x)]}")
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +12,18 @@ import torch
 from torch import Tensor
 
 from attnreg import registry, store
-from attnreg.errors import TuneError
+from attnreg.backend import error_text
+from attnreg.errors import RecordError, TuneError
 from attnreg.match import Match
 from attnreg.problem import Problem
 from attnreg.spec import AttentionSpec
+from attnreg.tuning.options import DEFAULTS, Options
 from attnreg.tuning.report import Progress, TuneReport
-from attnreg.tuning.session import Options, hardware_of, tune_problem
+from attnreg.tuning.session import hardware_of, tune_problem
 from attnreg.validate import check
 
 __all__ = ["known", "tune", "tune_all", "tune_missing"]
 
-DEFAULTS = Options()
 MISSED = Options(trials=60, seconds=60.0, time_limit=30.0)
 """What a call that tunes on a miss may cost: it waits, so that one candidate that hangs must not take all the time."""
 
@@ -51,7 +53,8 @@ def tune(
     backends: only these. cache: "warm" or "cold". isolate: run candidates in a worker process. keep: write the
     record to the user's database; attention() then uses it. Returns a TuneReport.
 
-    Raises what `attention` raises for a call that does not fit its spec, and TuneError where it cannot be tuned.
+    Raises what `attention` raises for a call that does not fit its spec, InputError for an option that cannot be meant,
+    UnknownBackendError for a name of `backends` that is not loaded, and TuneError where it cannot be tuned.
     """
     tensors = {name: x for name, x in tensors.items() if x is not None}
     q, k, v = (_as_under_autocast(x) for x in (q, k, v))
@@ -61,7 +64,7 @@ def tune(
         trials=budget,
         seconds=seconds,
         storage=storage,
-        backends=tuple(backends) if backends is not None else None,
+        backends=backends,
         cache=cache,
         isolate=isolate,
         keep=keep,
@@ -71,20 +74,31 @@ def tune(
 
 
 def known(problem: Problem, cache: Literal["warm", "cold"] = "warm") -> Match | None:
-    """The fresh, exact record of this user for the problem, if there is one. Raises TuneError off its device."""
+    """The fresh, exact record of this user for the problem, if one passed the gate. Raises TuneError off its device."""
     hardware = hardware_of(problem)
-    versions = registry.current().versions(problem, hardware)
+    versions = registry.current().versions(problem.bucket(), hardware)
     matches = store.current().find(problem, hardware, versions, cache=cache)
-    return next((m for m in matches if m.rung == "user" and not m.stale), None)
+    return next((m for m in matches if m.rung == "user" and not m.stale and m.record.passed), None)
 
 
 def tune_missing(problem: Problem, options: Options = MISSED) -> TuneReport | None:
-    """Tune a problem unless a fresh record of this user holds for it. A problem that cannot be tuned is left alone."""
+    """Tune a problem unless a fresh record of this user holds for it. A problem that cannot be tuned is left alone.
+
+    Nothing but what ends the program comes out: the call that asked goes on. What is no TuneError is warned of.
+    """
     try:
         if known(problem, options.cache) is not None:
             return None
         return tune_problem(problem, options)
     except TuneError:
+        return None
+    except Exception as error:
+        warnings.warn(
+            f"attnreg: {problem} could not be tuned ({error_text(error)}); the call goes on with what is known. "
+            "`attnreg tune` shows more; ATTNREG_AUTOTUNE=0 tunes nothing in calls.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 
@@ -107,6 +121,8 @@ def tune_all(
                 result = tune_problem(problem, options, functools.partial(on_progress, problem))
         except TuneError as error:
             result = error
+        except (OSError, RecordError) as error:  # a full disk or a locked database; it may serve the next one
+            result = TuneError(f"{problem} could not be tuned: {error_text(error)}")
         yield problem, result
 
 

@@ -104,7 +104,7 @@ def record_space(
     """
     hardware = detect(problem.device)
     entries = registry.current().entries
-    spaces = {b: _narrowed(entries[b].backend.space(problem, hardware), only) for b in backends}
+    spaces = {b: _narrowed(entries[b].backend.space(problem.bucket(), hardware), only) for b in backends}
     joint = JointSpace(spaces)
     every = list(joint.points())
     usable: list[Candidate] = []

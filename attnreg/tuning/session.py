@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import torch
 
 from attnreg import registry, store
-from attnreg.backend import Backend, estimate_seconds, versions_for
+from attnreg.backend import Backend, error_text, estimate_seconds, safe_repr, versions_for
+from attnreg.decide import reasons_of
 from attnreg.errors import SpecError, TuneError
 from attnreg.hardware import Hardware, detect
 from attnreg.measure import Bench, Candidate, LocalBench, Plan, Worker
 from attnreg.problem import Problem
 from attnreg.records import hardware_facts, software
+from attnreg.space import SearchSpace
 from attnreg.tuning.evaluate import Evaluator
 from attnreg.tuning.finals import finals
-from attnreg.tuning.joint import JointSpace
+from attnreg.tuning.joint import POINTS, JointSpace
+from attnreg.tuning.options import DEFAULTS, Options
 from attnreg.tuning.outcome import make_report
 from attnreg.tuning.report import Progress, TuneReport
 from attnreg.tuning.search import ENUMERATE, Search
@@ -34,39 +37,12 @@ __all__ = ["Options", "hardware_of", "tune_problem"]
 WORKER_ONLY = "not loaded in the measuring worker; give it an entry point or ATTNREG_PLUGINS, or say isolate=False"
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to tune. The defaults suit a call at a prompt.
-
-    trials: most candidates to look at, None for as many as pay. seconds: for the whole problem, None for no limit.
-    storage: a journal file or a database URL; None for a journal of the problem's own in the data folder.
-    backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a worker process.
-    keep: write the record to the user's database. time_limit: seconds that one step of a candidate may take.
-    memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at most so
-    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay, None for
-    a share of the space.
-    """
-
-    trials: int | None = None
-    seconds: float | None = None
-    storage: str | Path | None = None
-    backends: tuple[str, ...] | None = None
-    cache: Literal["warm", "cold"] = "warm"
-    isolate: bool = True
-    keep: bool = True
-    seed: int = 0
-    confidence: float = 0.99
-    time_limit: float = 120.0
-    memory_limit: int = 0
-    enumerate_up_to: int = ENUMERATE
-    patience: int | None = None
-
-
 @dataclass
 class _Setting:
-    """What is fixed for a session."""
+    """What is fixed for a session. Backends are asked about the bucket, as by a call."""
 
     problem: Problem
+    bucket: Problem
     options: Options
     hardware: Hardware
     backends: Mapping[str, Backend]
@@ -76,7 +52,7 @@ class _Setting:
 
     @property
     def versions(self) -> dict[str, str]:
-        return versions_for(self.backends, self.problem, self.hardware)
+        return versions_for(self.backends, self.bucket, self.hardware)
 
     def left(self) -> float:
         limit = self.options.seconds
@@ -84,7 +60,7 @@ class _Setting:
 
 
 def tune_problem(
-    problem: Problem, options: Options = Options(), on_progress: Callable[[Progress], object] = lambda _: None
+    problem: Problem, options: Options = DEFAULTS, on_progress: Callable[[Progress], object] = lambda _: None
 ) -> TuneReport:
     """Find the fastest correct backend and configuration for a problem, and keep the record.
 
@@ -109,6 +85,8 @@ def tune_problem(
         if not setting.backends:
             raise TuneError(f"no backend can run {problem}: {_reasons(setting.unsupported)}")
         space = JointSpace(_spaces(setting))
+        if not space.spaces:
+            raise TuneError(f"no backend can run {problem}: {_reasons(setting.unsupported)}")
         study, notes = study_of(plan, setting.hardware.slug, setting.versions, space, options.storage, options.seed)
         search = Search(
             study,
@@ -162,7 +140,7 @@ def _setting(problem: Problem, options: Options, tell: Callable[[Progress], obje
         problem.key()
     except SpecError as error:
         raise TuneError(f"cannot be tuned: {error}; say the mask with attnreg.masks") from error
-    hardware = hardware_of(problem)
+    hardware, bucket = hardware_of(problem), problem.bucket()
     entries = registry.current().entries
     for name in options.backends or ():
         registry.current().get(name)
@@ -170,35 +148,40 @@ def _setting(problem: Problem, options: Options, tell: Callable[[Progress], obje
     for name, entry in sorted(entries.items()):
         if options.backends is not None and name not in options.backends:
             continue
-        try:
-            why = list(entry.backend.supports(problem, hardware))
-        except Exception as error:
-            why = [f"its supports() raised {type(error).__name__}: {error}"]
+        why = reasons_of(entry.backend, bucket, hardware)
         if why:
             unsupported[name] = tuple(why)
         else:
             backends[name] = entry.backend
     if not backends:
         raise TuneError(f"no backend can run {problem}: {_reasons(unsupported)}")
-    return _Setting(problem, options, hardware, backends, unsupported, time.monotonic(), tell)
+    return _Setting(problem, bucket, options, hardware, backends, unsupported, time.monotonic(), tell)
 
 
-def _spaces(setting: _Setting) -> dict[str, Any]:
+def _spaces(setting: _Setting) -> dict[str, SearchSpace]:
+    """The search spaces of the backends; one without a usable space is set aside with the reason."""
     spaces = {}
     for name, backend in list(setting.backends.items()):
         try:
-            spaces[name] = backend.space(setting.problem, setting.hardware)
-        except Exception as error:
-            setting.unsupported[name] = (f"its space() raised {type(error).__name__}: {error}",)
+            space: Any = backend.space(setting.bucket, setting.hardware)
+            why = "" if isinstance(space, SearchSpace) else f"must return a SearchSpace, got {safe_repr(space)}"
+            if not why:
+                for _ in itertools.islice(space.points(), POINTS):
+                    pass  # its constraints are the backend's own code
+                spaces[name] = space
+        except (Exception, SystemExit) as error:
+            why = f"raised {error_text(error)}"
+        if why:
+            setting.unsupported[name] = (f"its space() {why}",)
             setting.backends = {n: b for n, b in setting.backends.items() if n != name}
     return spaces
 
 
 def _seeds(setting: _Setting, space: JointSpace) -> list[tuple[Candidate, str]]:
     """Where the search starts: the backends' defaults and seeds, and the records that speak for the problem."""
-    p, hardware = setting.problem, setting.hardware
+    p, hardware = setting.bucket, setting.hardware
     estimates = {name: estimate_seconds(setting.backends[name], p, hardware) for name in space.spaces}
-    matches = store.current().find(p, hardware, setting.versions, cache=setting.options.cache)
+    matches = store.current().find(setting.problem, hardware, setting.versions, cache=setting.options.cache)
     said = {"static": "static", "nearest": "neighbour"}
     records = [(Candidate(match.backend, match.config), said.get(match.rung, "record")) for match in matches]
     return starting_points(space, estimates, records)

@@ -10,7 +10,7 @@ from typing import Any
 
 from attnreg import registry, store
 from attnreg.backend import Backend, StaticReport, versions_for
-from attnreg.decide import WRITTEN_ORDER
+from attnreg.decide import WRITTEN_ORDER, reasons_of
 from attnreg.errors import TuneError
 from attnreg.hardware import Hardware
 from attnreg.measure import Candidate
@@ -73,12 +73,13 @@ def tune_static(
     """
     hardware = named_target(target)
     problem = replace(problem, device="cuda")  # what torch calls HIP devices too
+    bucket = problem.bucket()  # what a call will ask backends about
     able: dict[str, Backend] = {}
     unsupported: dict[str, tuple[str, ...]] = {}
     for name, entry in sorted(registry.current().entries.items()):
         if backends is not None and name not in backends:
             continue
-        why = _reasons(entry.backend, problem, hardware)
+        why = _reasons(entry.backend, bucket, hardware)
         if why:
             unsupported[name] = tuple(why)
         else:
@@ -86,8 +87,8 @@ def tune_static(
     if not able:
         reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in unsupported.items())
         raise TuneError(f"no backend compiles {problem} for {target}: {reasons}")
-    queue, known, foreseen = _queue(able, problem, hardware, limit, seed)
-    work = _Work(problem, target, queue, limit, on_progress, last=list(known), most=4 * limit)
+    queue, known, foreseen = _queue(able, bucket, hardware, limit, seed)
+    work = _Work(bucket, target, queue, limit, on_progress, last=list(known), most=4 * limit)
     (compilers or Compilers()).run(work.following, work.done)
     looked = _ranked(work.looked, known)
     record = _record(problem, hardware, able, looked, work.refused) if looked else None
@@ -234,10 +235,7 @@ def _pool(
 def _reasons(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
     if getattr(backend, "cross_compile", None) is None:
         return ["it has no cross_compile()"]
-    try:
-        return list(backend.supports(problem, hardware))
-    except Exception as error:
-        return [f"its supports() raised {type(error).__name__}: {error}"]
+    return reasons_of(backend, problem, hardware)
 
 
 def _configs(space: SearchSpace, limit: int, seed: int) -> list[dict[str, Value]]:
@@ -268,7 +266,7 @@ def _record(
     for candidate, why in refused:
         name, count, first = summary.get(candidate.backend, (candidate.backend, 0, why[:500]))
         summary[name] = (name, count + 1, first)
-    versions = versions_for(able, problem, hardware)
+    versions = versions_for(able, problem.bucket(), hardware)
     return Record(
         problem=problem,
         backend=best.backend,

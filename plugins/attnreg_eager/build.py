@@ -33,7 +33,7 @@ def compute_dtype(q: Tensor) -> torch.dtype:
 def operands(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Operands, dict[str, Any]]:
     """What may need a gradient, at full rank, and the other named tensors."""
     rest = {name: x for name, x in tensors.items() if x is not None}
-    bias, weight, sinks = (rest.pop(name, None) for name in ("bias", "score_weight", "sinks"))
+    bias, weight, sinks, slopes = (rest.pop(name, None) for name in ("bias", "score_weight", "sinks", "alibi_slopes"))
     dtype = compute_dtype(q)
     return Operands(
         q,
@@ -42,6 +42,7 @@ def operands(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tup
         bias=None if bias is None else bias[(None,) * (4 - bias.dim())],
         weight=None if weight is None else weight.to(dtype),
         sinks=None if sinks is None else sinks.to(dtype).view(1, -1, 1),
+        slopes=None if slopes is None else slopes.to(dtype).view(-1, slopes.shape[-1]),
     ), rest
 
 

@@ -25,7 +25,7 @@ class Operands(NamedTuple):
     """What may need a gradient.
 
     q [B, Hq, Sq, D]; k, v [B, Hkv, Skv, D], or pages [pages, Hkv, page_size, D]; bias [1 or B, 1 or Hq, 1 or Sq,
-    1 or Skv]; weight [1 or Hq, ...]; sinks [1, Hq, 1].
+    1 or Skv]; weight [1 or Hq, ...]; sinks [1, Hq, 1]; slopes, of ALiBi, [1 or B, Hq], never cut.
     """
 
     q: Tensor
@@ -34,6 +34,7 @@ class Operands(NamedTuple):
     bias: Tensor | None = None
     weight: Tensor | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -110,7 +111,7 @@ class Call:
             bias = bias[slab.batch if bias.shape[0] != 1 else ALL, slab.heads if bias.shape[1] != 1 else ALL]
         weight = x.weight if x.weight is None or x.weight.shape[0] == 1 else x.weight[slab.heads]
         sinks = None if x.sinks is None else x.sinks[:, slab.heads]
-        return Operands(x.q[slab.batch, slab.heads], k, v, bias, weight, sinks)
+        return Operands(x.q[slab.batch, slab.heads], k, v, bias, weight, sinks, x.slopes)
 
     def rows(self, x: Operands, frame: Frame, size: int, n: int) -> tuple[Tensor, Tensor]:
         """Output and lse of some rows over all their keys, `size` keys at a time; n numbers the first tile."""
@@ -121,7 +122,7 @@ class Call:
             keys = slice(start, start + size) if size < skv else ALL
             bias = x.bias if x.bias is None or x.bias.shape[3] == 1 else x.bias[..., keys]
             tile = replace(self.tile, dropout=self.keep and self.keep(n))
-            operands = (frame.cut(ALL, ALL, ALL, keys), q, x.k[:, :, keys], x.v[:, :, keys], bias, x.weight)
+            operands = (frame.cut(ALL, ALL, ALL, keys), q, x.k[:, :, keys], x.v[:, :, keys], bias, x.weight, x.slopes)
             # Additive scores have a hidden layer a tile: with many tiles a row, each is made again when needed.
             new: Part = _recomputed(tile.part, *operands) if lean else tile.part(*operands)
             total = new if total is None else merge(total, new)

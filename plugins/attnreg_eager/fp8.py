@@ -114,7 +114,8 @@ def quantise(x: Tensor, dtype: torch.dtype, scaling: str, block: int, group: int
     if scaling == "tensor":
         amax, block = size.amax().reshape(1, 1, 1) if size.numel() else size.new_zeros(1, 1, 1), max(count, 1)
     elif scaling == "head":
-        amax = size.reshape(batch, heads // group, -1).amax(-1, keepdim=True) if count else size.new_zeros(batch, 1, 1)
+        by_kv = size.reshape(batch, heads // group, group * count)
+        amax = by_kv.amax(-1, keepdim=True) if count else size.new_zeros(*by_kv.shape[:2], 1)
         amax, block = amax.repeat_interleave(group, 1), max(count, 1)
     else:
         blocks = -(-count // block)
@@ -156,7 +157,7 @@ class QuantisedCall(Call):
             factor = (self.q_descale.of(at.bq, at, at.i) * self.k_descale.of(at.bk, at, at.j)) * tile.factor
             s = by_kv_head(x.q, x.k[:, :, keys].mT) * factor
             bias = x.bias if x.bias is None or x.bias.shape[3] == 1 else x.bias[..., keys]
-            s, live = tile.logits(at, s, bias)
+            s, live = tile.logits(at, s, bias, x.slopes)
             new = torch.maximum(m, s.detach().amax(-1))
             p = torch.exp2((s - finite(new).unsqueeze(-1)) * LOG2E)
             p = p if live is None else torch.where(live, p, 0.0)

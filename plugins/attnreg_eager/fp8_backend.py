@@ -136,6 +136,8 @@ def _in_use(frame: Frame) -> Tensor:
     for first in range(0, frame.i.shape[2], 256):
         every = slice(None)
         live = frame.cut(every, every, slice(first, first + 256), every).live()
-        seen = torch.ones_like(used) if live is None else live.any(2).expand(batch, heads, skv)
-        used |= seen if live is None else seen.reshape(batch, -1, frame.group, skv).any(2)
+        if live is None:
+            return torch.ones_like(used)
+        seen = live[(None,) * (4 - live.dim())].any(2).expand(batch, heads, skv)
+        used |= seen.reshape(batch, heads // frame.group, frame.group, skv).any(2)
     return used

@@ -13,6 +13,9 @@ from attnreg_eager.plan import Sizes
 
 __all__ = ["Recomputed"]
 
+SHARED = ("k", "v", "weight", "sinks", "slopes")
+Pair = tuple[Tensor, Tensor]
+
 
 class Recomputed(torch.autograd.Function):
     """`call.walk(x, sizes)` that keeps its operands and nothing else for the backward.
@@ -35,13 +38,20 @@ class Recomputed(torch.autograd.Function):
         return None, None, *_Sums(ctx.call, ctx.sizes, x, wanted).run(d_out, d_lse)
 
 
-def _again(
-    call: Call, sizes: Sizes, x: Operands, wanted: tuple[bool, ...], grads: tuple[Tensor, Tensor]
-) -> tuple[Tensor | None, ...]:
+def _again(call: Call, sizes: Sizes, x: Operands, wanted: tuple[bool, ...], grads: Pair) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated in turn: an ordinary graph of the same tiles, whose memory grows."""
     leaves = [y for y, need in zip(x, wanted, strict=True) if y is not None and need]
-    some = iter(torch.autograd.grad(call.walk(x, sizes), leaves, grads, create_graph=True, allow_unused=True))
+    results, weights = _reached(call.walk(x, sizes), grads)
+    if not results:
+        return tuple(None if y is None or not need else torch.zeros_like(y) for y, need in zip(x, wanted, strict=True))
+    some = iter(torch.autograd.grad(results, leaves, weights, create_graph=True, allow_unused=True))
     return tuple(next(some) if need else None for need in wanted)
+
+
+def _reached(results: Pair, grads: Pair) -> tuple[list[Tensor], list[Tensor]]:
+    """The results that depend on a leaf, and their gradients: v alone reaches out but not lse; no key, neither."""
+    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+    return [result for result, _ in pairs], [grad for _, grad in pairs]
 
 
 class _Sums:
@@ -60,7 +70,7 @@ class _Sums:
         for slab in call.slabs(self.x, self.sizes):
             part = call.cut(self.x, slab)
             # All rows of a slab share these: converted once, and their gradients add up on the leaf.
-            shared = {name: self._leaf(name, getattr(part, name)) for name in ("k", "v", "weight", "sinks")}
+            shared = {name: self._leaf(name, getattr(part, name)) for name in SHARED}
             frame = call.frame.cut(slab.batch, slab.heads, ALL, ALL)
             for rows in slab.rows:
                 at = (slab.batch, slab.heads, rows.at)
@@ -69,7 +79,9 @@ class _Sums:
                 with torch.enable_grad():
                     results = call.rows(step, frame.cut(ALL, ALL, rows.at, ALL), self.sizes.keys, rows.n)
                 leaves = [y for y in step if y is not None and y.requires_grad]
-                torch.autograd.backward(results, (d_out[at], d_lse[at]), inputs=leaves)
+                reached, weights = _reached(results, (d_out[at], d_lse[at]))
+                if reached:
+                    torch.autograd.backward(reached, weights, inputs=leaves)
                 self._add("q", at, q)
                 self._add("bias", at, bias)
             self._share(slab, shared)
@@ -89,6 +101,7 @@ class _Sums:
                 self._add(name, (slab.batch, slab.kv), shared[name])
         self._add("weight", (slab.heads,), shared["weight"])
         self._add("sinks", (ALL, slab.heads), shared["sinks"])
+        self._add("slopes", (), shared["slopes"])
 
     def _add(self, name: str, at: tuple[slice, ...], leaf: Any) -> None:
         """Add a leaf's gradient at its place; a dimension of size 1 is shared by all."""

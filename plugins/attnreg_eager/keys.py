@@ -26,7 +26,8 @@ def gather(pages: Tensor, table: Tensor) -> Tensor:
     # Bytes are moved as bytes: float8 lacks index kernels on some devices, and has no gradient to lose.
     narrow = pages.dtype.itemsize == 1
     raw = pages.view(torch.uint8) if narrow else pages
-    rows = raw[at] if raw.shape[0] else raw.new_zeros((batch, count, *raw.shape[1:]))
+    # Where there is no page the sum is 0, and what carries a gradient of 0 back to the pages.
+    rows = raw[at] if raw.shape[0] else raw.sum().to(raw.dtype).expand((batch, count, *raw.shape[1:]))
     out = rows.transpose(1, 2).reshape(batch, kv_heads, count * size, head_dim)
     return out.view(pages.dtype) if narrow else out
 

@@ -35,13 +35,16 @@ class Tile:
     factor: float
     dropout: Keep | None = None
 
-    def part(self, at: Frame, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None) -> Part:
+    def part(
+        self, at: Frame, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, weight: Tensor | None,
+        slopes: Tensor | None,
+    ) -> Part:  # fmt: skip
         """The tile's share of the softmax, for q [B, Hq, sq, D], k and v [B, Hkv, skv, D].
 
-        weight: the score's, [1 or Hq, ...].
+        weight: the score's, [1 or Hq, ...]. slopes: of ALiBi, [1 or B, Hq].
         """
         dtype, spec = self.dtype, self.spec
-        s, live = self.logits(at, self._scores(at, q.to(dtype), k.to(dtype), weight), bias)
+        s, live = self.logits(at, self._scores(at, q.to(dtype), k.to(dtype), weight), bias, slopes)
         top = s.detach().amax(-1) if s.shape[-1] else s.detach().new_full(s.shape[:-1], -torch.inf)
         p = torch.exp(s - finite(top).unsqueeze(-1))
         if live is not None:
@@ -55,7 +58,7 @@ class Tile:
             p = p * scale
         return by_kv_head(p, v.to(dtype)), total, top
 
-    def logits(self, at: Frame, s: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def logits(self, at: Frame, s: Tensor, bias: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Softcap, bias, ALiBi and mask over raw scores s; and where a row may attend, None for everywhere."""
         dtype, spec = self.dtype, self.spec
         live = at.live()
@@ -71,9 +74,8 @@ class Tile:
             s = spec.softcap * torch.tanh(s / spec.softcap)
         if bias is not None:
             s = s + torch.where(said, bias, 0.0)
-        if spec.alibi:
-            slopes = masks.take(at.tensors["alibi_slopes"].to(dtype), at.bq, at.h)
-            s = s - slopes * (at.p - at.j).abs().to(dtype)
+        if slopes is not None:
+            s = s - masks.take(slopes, at.bq, at.h) * (at.p - at.j).abs().to(dtype)
         return s if live is None else torch.where(live, s, -torch.inf), live
 
     def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None) -> Tensor:

@@ -42,6 +42,8 @@ class Flex:
             out.append(f"dtype {problem.dtype}: FlexAttention computes in float32, float16 and bfloat16")
         if problem.kv_dtype != problem.dtype:
             out.append(f"k and v stored as {problem.kv_dtype}: FlexAttention takes one dtype for q, k and v")
+        if "alibi_slopes" in problem.grads:
+            out.append("gradient of alibi_slopes: it is not verified for what a score_mod reads by head")
         if spec.deterministic and problem.needs_grad:
             out.append("deterministic: gradients of captured tensors are added atomically and do not repeat")
         return out + (_cpu_reasons(problem) if problem.device == "cpu" else [])

@@ -39,8 +39,9 @@ class Sdpa:
             out.append(f"{' and '.join(lse)}: SDPA returns no lse; of torch's kernels only the CPU's is used for it")
         if lse and spec.dropout_p:
             out.append(f"{' and '.join(lse)} with dropout_p: the kernel that returns the lse draws no dropout")
-        if lse and "bias" in problem.grads:
-            out.append(f"{' and '.join(lse)} with a gradient of the bias: the kernel that returns the lse has none")
+        if lse and _added(problem):
+            names = " and ".join("the bias" if name == "bias" else name for name in sorted(_added(problem)))
+            out.append(f"{' and '.join(lse)} with a gradient of {names}: the kernel that returns the lse has none")
         if spec.layout == "thd" and not on_cpu:
             out.append("layout 'thd': splitting the packed sequences would read cu_seqlens back from the device")
         if problem.traced and spec.layout == "thd":
@@ -49,8 +50,6 @@ class Sdpa:
             out.append("sparsity BigBird under a trace: its random blocks are drawn on the host")
         if spec.deterministic and problem.needs_grad and not on_cpu:
             out.append("deterministic: the backward of torch's GPU kernels adds atomically and does not repeat")
-        if spec.dtype.rotate and spec.dtype.kv != "same":
-            out.append("dtype.rotate with stored k: k was rotated before it was quantised, and SDPA does not rotate q")
         return out + _memory(problem, hardware)
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
@@ -108,6 +107,11 @@ class Sdpa:
         return call + passes * (flops / flop_rate + moved / bandwidth)
 
 
+def _added(problem: Problem) -> frozenset[str]:
+    """Of what is added to the scores with the mask, that which needs a gradient."""
+    return problem.grads & {"bias", "alibi_slopes"}
+
+
 def _form(problem: Problem) -> str:
     form = causal_form(problem.spec, problem.sq, problem.skv, problem.spec.layout == "thd")
     if form == "causal" and problem.spec.align == "bottom_right" and not problem.square:
@@ -122,7 +126,7 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
         if spec.return_lse or spec.sinks:
             return ("flash",)
         # Dropout and a gradient of the mask exist in torch's math path only, which "auto" then takes.
-        return ("auto",) if spec.dropout_p or "bias" in problem.grads else ("auto", "flash", "math")
+        return ("auto",) if spec.dropout_p or _added(problem) else ("auto", "flash", "math")
     half = problem.dtype in HALF and problem.kv_dtype == problem.dtype
     if half and masked and problem.needs_grad:
         # Where torch chooses, gradients beside a dense mask came out NaN on an H200 (torch 2.11): all of dq at 448 and
@@ -132,7 +136,7 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
     if half and not masked and problem.head_dim_k == problem.head_dim_v <= 256:
         out.append("flash")
     out.append("efficient")
-    if half and "bias" not in problem.grads and max(problem.head_dim_k, problem.head_dim_v) <= 128:
+    if half and not _added(problem) and max(problem.head_dim_k, problem.head_dim_v) <= 128:
         out.append("cudnn")
     return (*out, "math")
 

@@ -41,7 +41,8 @@ def prepared(problem: Problem, config: Mapping[str, Any]) -> Callable[..., Any]:
     run = _packed_rows(problem) if grouping == "pack" else _plain(problem, causal)
     if causal and problem.needs_grad and general.guarded.hosted:
         run = _watched(run, general)
-    return _heads_last(run) if spec.layout == "bshd" else run
+    run = _heads_last(run) if spec.layout == "bshd" else run
+    return _unread(run) if spec.tensors() else run
 
 
 def _plain(problem: Problem, causal: bool) -> Callable[..., Any]:
@@ -74,6 +75,15 @@ def _watched(run: Callable[..., Any], general: Call) -> Callable[..., Any]:
         return general.guarded.exactly(q, k, v, None, True)[0].to(q.dtype) if exact.too_large(k, v) else run(q, k, v)
 
     return watched
+
+
+def _unread(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` where the rest of the mask makes what a call tensor says redundant: prefixes under Causal()."""
+
+    def run_named(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        return run(q, k, v)
+
+    return run_named
 
 
 def _heads_last(run: Callable[..., Any]) -> Callable[..., Any]:

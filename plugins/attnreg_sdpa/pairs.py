@@ -143,7 +143,8 @@ def additive(spec: AttentionSpec, at: Place, allowed: Tensor | None, dtype: torc
     if allowed is None:
         return bias if bias is None else bias.expand(*bias.shape[:2], at.sq, at.skv)
     if bias is None:
-        return torch.zeros(allowed.shape, dtype=dtype, device=at.device).masked_fill_(~allowed, -math.inf)
+        # Out of place: under vmap `allowed` may be one of many, and a plain tensor cannot take them.
+        return torch.where(allowed, torch.zeros((), dtype=dtype, device=at.device), -math.inf)
     # where, not a sum: whatever a bias holds at a masked pair leaves no trace.
     return torch.where(allowed, bias, -math.inf)
 

@@ -22,7 +22,10 @@ class Strided(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """An additive score [batch, head, query, key]; a broadcast axis has stride 0."""
+    """An additive score [batch, head, query, key]; a broadcast axis has stride 0.
+
+    `column` None: the keys of a score that is read lie next to each other, and 32 bits count them.
+    """
 
     data: Any
     batch: Any

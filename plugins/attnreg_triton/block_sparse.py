@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,12 +14,20 @@ from attnreg import Hardware, Problem, SearchSpace, blocks, scores
 from . import block_sparse_space
 from .crosscompile import CrossCompiled
 from .flash import Config, Run
-from .launch import Inputs, Launch, sizes
+from .launch import ROWS_AXIS, Inputs, Launch, sizes
 from .plan import Plan
 from .signatures import CompileSpec
-from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, size_reasons
+from .support import (
+    DTYPES,
+    GRADIENTS,
+    MAX_HEAD_DIM,
+    gradient_reasons,
+    head_dim_reasons,
+    machine_reasons,
+    no_second_derivative,
+    size_reasons,
+)
 
-GRADIENTS = ("q", "k", "v", "bias", "sinks")
 ROWS = ("row_ptr", "row_split", "col_idx", "tile_idx", "bits")
 """The tensors of a layout that the forward kernel reads."""
 
@@ -41,7 +49,7 @@ class TritonBlockSparse(CrossCompiled):
     """
 
     name = "triton_block_sparse"
-    version = "2"
+    version, earlier = "3", "2"
     sparse = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
@@ -51,6 +59,7 @@ class TritonBlockSparse(CrossCompiled):
             *machine_reasons(problem, hardware),
             *size_reasons(problem),
             *head_dim_reasons(problem, MAX_HEAD_DIM),
+            *gradient_reasons(problem),
         ]
         if problem.dtype not in DTYPES:
             out.append(f"q is {problem.dtype}; the kernels take {', '.join(DTYPES)}")
@@ -58,8 +67,6 @@ class TritonBlockSparse(CrossCompiled):
             out.append(f"k and v are stored as {problem.kv_dtype}, q is {problem.dtype}; the kernels take one dtype")
         if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
             out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
-        if spec.page_size is not None and problem.needs_grad:
-            out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")
         if problem.traced:
             out.append("traced: the block layout is built from sizes and values, which a trace does not have")
         return out
@@ -118,7 +125,7 @@ def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, ten
     if spec.dropout_p > 0:
         generator = tensors.get("generator")
         named["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
-    inputs = operators.make_inputs(*(named[name] for name in operators.FIELDS))
+    inputs = operators.make_inputs(plan, *(named[name] for name in operators.FIELDS))
     size = sizes(plan, inputs)
     if size.batches == 0:
         return Call(plan, inputs, empty_layout(problem, plan.forward.m, plan.forward.n))
@@ -170,7 +177,7 @@ def backward(
     """Gradients of GRADIENTS; None for those that are not wanted."""
     from . import ready
     from .block_sparse_launch import backward_launches
-    from .operators import rows_dense, sink_gradient
+    from .operators import readable, sink_gradient
 
     plan, inputs = call.plan, call.inputs
     size, lse = sizes(plan, inputs), saved[1]
@@ -191,9 +198,8 @@ def backward(
         dscores = bias.new_zeros(shape, dtype=torch.float32)
     delta = torch.zeros_like(lse)
     gradients = (dq, dkv, dscores)
-    launches = backward_launches(
-        plan, inputs, call.layout, saved, (rows_dense(upstream[0]), upstream[1]), delta, gradients
-    )
+    dout = readable(upstream[0], ROWS_AXIS[plan.layout])
+    launches = backward_launches(plan, inputs, call.layout, saved, (dout, upstream[1]), delta, gradients)
     ready.once(launches, inputs.q.device)
     dk, dv = dkv or (None, None)
     dbias = None if dscores is None or bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
@@ -207,24 +213,46 @@ def _with_tensors(inputs: Inputs, tensors: Sequence[Any]) -> Inputs:
 
 
 class Attend(torch.autograd.Function):
-    """`forward` with its gradients; the layout stays with the node, so that the backward pass finds no new one."""
+    """`forward` with its gradients; the layout stays with the node, so that the backward pass finds no new one.
+
+    All tensors of the call are saved, so that torch tells of one that was overwritten before the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         """(out, lse) of a call; `tensors` are those of GRADIENTS, as the call holds them."""
         out, lse = forward(call)
         ctx.set_materialize_grads(False)
-        ctx.call = replace(call, inputs=_with_tensors(call.inputs, [None] * len(GRADIENTS)))
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.plan, ctx.layout = call.plan, call.layout
+        ctx.save_for_backward(*_with_tensors(call.inputs, tensors).tensors(), out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of the tensors of GRADIENTS."""
         *tensors, out, lse = ctx.saved_tensors
-        call = replace(ctx.call, inputs=_with_tensors(ctx.call.inputs, tensors))
-        upstream = (torch.zeros_like(out) if dout is None else dout, dlse)
-        return None, *backward(call, (out, lse), upstream, tuple(ctx.needs_input_grad[1:]))
+        call = Call(ctx.plan, Inputs(*tensors), ctx.layout)
+        dout = torch.zeros_like(out) if dout is None else dout
+        given = [getattr(call.inputs, name) for name in GRADIENTS]
+        wanted = tuple(ctx.needs_input_grad[1:])
+        return None, *Gradients.apply(call, wanted, out, lse, dout, dlse, *given)  # type: ignore[no-untyped-call]
+
+
+class Gradients(torch.autograd.Function):
+    """`backward` as a node of its own under create_graph=True, so that whoever differentiates again meets it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, wanted: tuple[bool, ...], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of GRADIENTS; `tensors` are those that the call holds, by which the node hangs together."""
+        return backward(call, (out, lse), (dout, dlse), wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> NoReturn:
+        """Raises BackendError."""
+        no_second_derivative(TritonBlockSparse.name)
 
 
 def empty_layout(problem: Problem, block_q: int, block_kv: int) -> blocks.BlockLayout:

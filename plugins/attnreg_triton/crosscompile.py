@@ -108,12 +108,19 @@ def occupancy(binary: Binary, warps: int, hardware: Hardware) -> int:
 
 
 class CrossCompiled:
-    """What the backends share: an estimate, and cross-compiling and foresight from their own plans."""
+    """What the backends share: versions, an estimate, and cross-compiling and foresight from their own plans."""
 
+    version = ""
+    earlier = ""
+    """The version of the kernels that `version` left as they were: those that read neither float32 nor a bias."""
     sparse = False
     """Do its kernels walk lists of blocks, one query head each?"""
     splits = False
     """Are the keys of a sequence cut over several programs?"""
+
+    def version_for(self, problem: Problem, hardware: Hardware) -> str:
+        """The version of the kernels that serve the problem: `version` changed only those of float32 and of a bias."""
+        return self.version if problem.dtype == "float32" or problem.spec.bias else self.earlier
 
     def estimate(self, problem: Problem, hardware: Hardware) -> float:
         """Seconds of a call, roughly: see `attnreg_triton.estimate`."""

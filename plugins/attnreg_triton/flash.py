@@ -18,7 +18,7 @@ from .plan import MAX_KEYS, ConfigValue, Plan
 from .signatures import CompileSpec
 from .support import MAX_HEAD_DIM, flash_reasons, head_dim_reasons, machine_reasons
 
-VERSION = "2"
+VERSION, EARLIER = "3", "2"
 MAX_DECODE_QUERIES = 64
 MAX_DECODE_HEAD_DIM = 576
 Config = Mapping[str, ConfigValue]
@@ -85,7 +85,7 @@ def make_run(problem: Problem, plan: Plan) -> Run:
         if boundary or torch.compiler.is_compiling() or type(q) is not Tensor:
             out, lse = operators.attend(*ordered, text)
         else:
-            out, lse = operators.forward(plan, operators.make_inputs(*ordered))
+            out, lse = operators.forward(plan, operators.make_inputs(plan, *ordered))
         return (out, lse) if with_lse else out
 
     return run
@@ -95,7 +95,7 @@ class TritonFlash(CrossCompiled):
     """FlashAttention-2 in Triton, forward and backward, for every band mask."""
 
     name = "triton_flash"
-    version = VERSION
+    version, earlier = VERSION, EARLIER
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
@@ -126,7 +126,7 @@ class TritonDecode(CrossCompiled):
     """Split-KV decoding (Flash-Decoding): few query rows against a long cache, paged or not."""
 
     name = "triton_decode"
-    version = VERSION
+    version, earlier = VERSION, EARLIER
     splits = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:

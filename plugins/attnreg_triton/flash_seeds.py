@@ -143,7 +143,9 @@ def _busy(problem: Problem) -> bool:
 def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
     if problem.dtype == "float32":
         return _single(problem, group, size)
-    if problem.spec.dtype.compute.startswith("float8") and group not in ("cdna", "rdna"):
+    # What is widened to 16 bits stands beside its 8 bits: wide heads leave no room for that either.
+    eight = problem.spec.dtype.compute, problem.kv_dtype if size == "wide" else ""
+    if any(name.startswith("float8") for name in eight) and group not in ("cdna", "rdna"):
         return HALF[group, size]._replace(forward=(HOPPER_EIGHT if group == "hopper" else EIGHT)[size])
     best = HALF[group, size]
     if not _busy(problem) or size == "wide" or group == "rdna":

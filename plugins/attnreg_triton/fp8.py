@@ -15,8 +15,8 @@ from . import flash_space
 from .arguments import Descale, Descales
 from .crosscompile import CrossCompiled
 from .flash import Config, Run, call_tensors, make_plan
-from .fp8_launch import FLOAT8, WEIGHTS, WHOLE, Quantiser, Start, described, with_descales
-from .launch import Inputs, Launch, sizes
+from .fp8_launch import FLOAT8, MIN_COLUMNS, WEIGHTS, WHOLE, Quantiser, Start, described, with_descales
+from .launch import Inputs, Launch, head_blocks, sizes
 from .plan import Plan
 from .signatures import CompileSpec
 from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, size_reasons
@@ -34,7 +34,11 @@ class TritonFp8(CrossCompiled):
     """
 
     name = "triton_fp8"
-    version = "3"
+    version, earlier = "4", "3"
+
+    def version_for(self, problem: Problem, hardware: Hardware) -> str:
+        """As for all backends here; the last change was also about tensors that all come as FP8."""
+        return self.version if problem.dtype in FLOAT8 else super().version_for(problem, hardware)
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
@@ -77,7 +81,7 @@ class TritonFp8(CrossCompiled):
             def begin(launches: list[Launch]) -> None:
                 ready.once(launches, q.device)
 
-            out, lse = attend(problem, plan, block_q, bind(problem, q, k, v, tensors), tensors, begin)
+            out, lse = attend(problem, plan, block_q, bind(problem, plan, q, k, v, tensors), tensors, begin)
             return (out, lse) if spec.return_lse else out
 
         return run
@@ -136,14 +140,14 @@ def _dtype_reasons(problem: Problem, hardware: Hardware) -> list[str]:
     return out
 
 
-def bind(problem: Problem, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Inputs:
+def bind(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Inputs:
     """The call's tensors as the flash kernels take them."""
     from . import operators
 
     band = masks.as_band(problem.spec.mask)
     assert band is not None, "supports() refuses a mask that is no band"
     named = call_tensors(problem.spec, band, q, tensors) | {"q": q, "k": k, "v": v}
-    return operators.make_inputs(*(named.get(name) for name in operators.FIELDS))
+    return operators.make_inputs(plan, *(named.get(name) for name in operators.FIELDS))
 
 
 def attend(
@@ -197,7 +201,10 @@ def stored(problem: Problem, plan: Plan, inputs: Inputs, tensors: Mapping[str, A
     q, q_scale, columns, weights = inputs.q, None, None, None
     if q.dtype in WEIGHTS:
         q_scale = _given(tensors["q_descale"], WHOLE, size.group)
-        if plan.page_size is None and plan.layout != "thd" and block % plan.forward.n == 0:
+        piece, tail = head_blocks(size.head_dim)
+        # q.k multiplies columns of the head's shorter piece, weights @ v the keys of a tile.
+        wide = min(tail or piece, plan.forward.n) >= MIN_COLUMNS
+        if wide and plan.page_size is None and plan.layout != "thd" and block % plan.forward.n == 0:
             weights = WEIGHTS[q.dtype]
             v = inputs.v.transpose(-1, -2).contiguous().transpose(-1, -2)
             inputs, columns = replace(inputs, v=v), v.stride(-1)

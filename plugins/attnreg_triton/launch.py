@@ -15,6 +15,9 @@ from torch import Tensor
 from .arguments import Bias, Dropout, Lengths, Mask, Pages, Score, Strided
 from .plan import Plan, Tile
 
+ROWS_AXIS = {"bhsd": 2, "bshd": 1, "thd": 0}
+"""The axis of queries or keys of a tensor, by layout."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -94,7 +97,7 @@ class Sizes:
 def sizes(plan: Plan, inputs: Inputs) -> Sizes:
     """Sizes of a call."""
     heads_axis = 2 if plan.layout == "bshd" else 1
-    rows_axis = {"bhsd": 2, "bshd": 1, "thd": 0}[plan.layout]
+    rows_axis = ROWS_AXIS[plan.layout]
     q, k, v = inputs.q, inputs.k, inputs.v
     if plan.layout == "thd":
         assert inputs.cu_seqlens_q is not None
@@ -141,8 +144,9 @@ def _broadcast(tensor: Tensor, axis: int) -> int:
 
 
 def bias_view(bias: Tensor) -> Bias:
-    """A [1 or B, 1 or Hq, 1 or Sq, 1 or Skv] bias with stride 0 along broadcast axes."""
-    return Bias(bias, *(_broadcast(bias, axis) for axis in range(4)))
+    """A [1 or B, 1 or Hq, 1 or Sq, 1 or Skv] bias to read, with stride 0 along broadcast axes."""
+    batch, head, row, column = (_broadcast(bias, axis) for axis in range(4))
+    return Bias(bias, batch, head, row, None if column == 1 else column)
 
 
 def common_arguments(plan: Plan, inputs: Inputs, size: Sizes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Operators synchronise nothing and allocate only through torch, so they record in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from attnreg import transformable
 
 from . import ready
 from .flash_launch import backward_launches, forward_launches, output_like, partials_like
-from .launch import Inputs, Launch, sizes
+from .launch import ROWS_AXIS, Inputs, Launch, sizes
 from .plan import Plan, decode
+from .support import GRADIENTS, MAX_INDEX, no_second_derivative
 
 FIELDS = (
     "q", "k", "v", "bias", "alibi_slopes", "sinks", "prefix_lengths", "document_first", "document_last", "kv_lengths",
     "query_offset", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seed",
 )  # fmt: skip
+LONGEST_TILE = 256
+"""No kernel's tile has more rows or keys."""
 SCHEMA = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in FIELDS)
 
 _library: Any = torch.library.Library("attnreg_triton", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
@@ -33,16 +36,24 @@ _library.define(
 )
 
 
-def rows_dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is dense, else a contiguous copy: kernels read dense rows."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def readable(tensor: Tensor, axis: int, tile: int = LONGEST_TILE) -> Tensor:
+    """The tensor itself where kernels can read it, else a contiguous copy.
+
+    Rows, which follow each other along `axis`, must be dense, and 32 bits hold the offsets in a tile of `tile` rows.
+    """
+    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if dense and tensor.stride(axis) <= MAX_INDEX // tile else tensor.contiguous()
 
 
-def make_inputs(*tensors: Tensor | None) -> Inputs:
+def make_inputs(plan: Plan, *tensors: Tensor | None) -> Inputs:
     """Inputs of the tensors in the order of FIELDS, made readable to the kernels."""
     named: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
-    for name in ("q", "k", "v"):
-        named[name] = rows_dense(named[name])
+    axis, tile = ROWS_AXIS[plan.layout], LONGEST_TILE
+    named["q"] = readable(named["q"], axis)
+    if plan.page_size is not None:
+        # Rows of a page [pages, Hkv, page_size, D] are counted within the page.
+        axis, tile = 2, max(tile, plan.page_size)
+    named["k"], named["v"] = readable(named["k"], axis, tile), readable(named["v"], axis, tile)
     if named["bias"] is not None:
         bias = named["bias"]
         named["bias"] = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
@@ -80,7 +91,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dbias, dsinks); one that is not wanted is an empty tensor."""
     lse = saved[1]
-    dout, dlse = rows_dense(upstream[0]), upstream[1]
+    dout, dlse = readable(upstream[0], ROWS_AXIS[plan.layout]), upstream[1]
     packed = plan.layout == "thd"
     # Packed rows that belong to no sequence are visited by no kernel: their gradient is 0.
     new = torch.zeros_like if packed else torch.empty_like
@@ -120,12 +131,14 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return forward(decode(arguments[-1]), make_inputs(*arguments[:-1]))
+    plan = decode(arguments[-1])
+    return forward(plan, make_inputs(plan, *arguments[:-1]))
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (out, lse, dout, dlse, plan, wanted) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
-    return backward(decode(plan), make_inputs(*tensors), (out, lse), (dout, dlse), list(wanted))
+    tensors, (out, lse, dout, dlse, text, wanted) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
+    plan = decode(text)
+    return backward(plan, make_inputs(plan, *tensors), (out, lse), (dout, dlse), list(wanted))
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -153,15 +166,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs[:-1], *output)
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _differentiate_twice(ctx: Any, *upstream: Tensor | None) -> NoReturn:
+    no_second_derivative("triton_flash")
+
+
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wanted = [needs[FIELDS.index(name)] for name in ("q", "k", "v", "bias", "sinks")]
+    wanted = [needs[FIELDS.index(name)] for name in GRADIENTS]
     if dout is None:
         dout = torch.zeros_like(out)
-    found = torch.ops.attnreg_triton.flash_backward(*tensors, out, lse, dout, dlse, ctx.plan, wanted)
+    # Dynamo traces no Function inside the backward of another; the operator alone has its autograd there.
+    gradients_of = torch.ops.attnreg_triton.flash_backward if torch.compiler.is_dynamo_compiling() else _gradients
+    found = gradients_of(*tensors, out, lse, dout, dlse, ctx.plan, wanted)
     gradients: dict[str, Tensor | None] = {}
-    for name, want, gradient in zip(("q", "k", "v", "bias", "sinks"), wanted, found, strict=True):
+    for name, want, gradient in zip(GRADIENTS, wanted, found, strict=True):
         given = tensors[FIELDS.index(name)]
         gradients[name] = gradient.reshape(given.shape).to(given.dtype) if want else None
     return (*(gradients.get(name) for name in FIELDS), None)
@@ -173,6 +196,10 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
 torch.library.register_autograd("attnreg_triton::flash_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "attnreg_triton::flash_backward", _differentiate_twice, setup_context=_save_nothing, lib=_library
+)
 
+_gradients = transformable(torch.ops.attnreg_triton.flash_backward, _save_nothing, _differentiate_twice)
 attend = transformable(torch.ops.attnreg_triton.flash_forward, _save, _differentiate)
 """(out, lse), differentiable: FIELDS in order, then the plan's text."""

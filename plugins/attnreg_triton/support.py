@@ -1,12 +1,13 @@
-"""Why a problem cannot run here: the machine's reasons, which all Triton backends share, and the flash kernels' own."""
+"""Why a problem cannot run here: the machine's reasons, the flash kernels' own, and what no kernel here computes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
+from typing import NoReturn
 
-from attnreg import Hardware, Problem, masks, scores, sparsity
+from attnreg import Hardware, Problem, errors, masks, scores, sparsity
 
 from .plan import MAX_KEYS
 
@@ -15,6 +16,8 @@ HIP_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx120
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
 MAX_INDEX = 2**31 - 1
+GRADIENTS = ("q", "k", "v", "bias", "sinks")
+"""Tensors whose gradients the kernels compute."""
 
 
 def interpreted() -> bool:
@@ -65,10 +68,23 @@ def flash_reasons(problem: Problem) -> list[str]:
         )
     elif spec.align == "offset" and max(band.left or 0, band.right or 0) >= MAX_KEYS:
         out.append(f"mask {spec.mask!r} with align='offset': the kernels count positions to windows below {MAX_KEYS}")
-    out += size_reasons(problem)
-    if spec.page_size is not None and problem.needs_grad:
+    return out + size_reasons(problem) + gradient_reasons(problem)
+
+
+def gradient_reasons(problem: Problem) -> list[str]:
+    """Reasons that lie in the gradients that are asked for."""
+    out = [f"gradient of {name}: these kernels compute none" for name in sorted(problem.grads - set(GRADIENTS))]
+    if problem.spec.page_size is not None and problem.needs_grad:
         out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")
     return out
+
+
+def no_second_derivative(backend: str) -> NoReturn:
+    """Raise the BackendError of a gradient whose own gradient is asked for: kernels compute it outside autograd."""
+    raise errors.BackendError(
+        f"{backend}: the gradients of these kernels have no second derivative (create_graph=True, or grad of grad in "
+        'torch.func); attnreg.use_backend("eager") computes it'
+    )
 
 
 def size_reasons(problem: Problem) -> list[str]:

@@ -96,7 +96,10 @@ def load_matrix(pointers, columns, valid, SIZE: tl.constexpr, BLOCK: tl.constexp
         value = tl.load(tile)
     if CHECK and value.dtype == tl.float32:
         # A masked key may hold the largest float32, which a TF32 product rounds to inf, and 0 * inf is NaN.
-        value = tl.minimum(tl.maximum(value, -LARGEST_TF32), LARGEST_TF32)
+        # Finite ones only: a visible inf or NaN is the caller's, and shows in the result.
+        size = tl.abs(value)
+        beyond = (size > LARGEST_TF32) & (size < float("inf"))
+        value = tl.where(beyond, tl.where(value < 0, -LARGEST_TF32, LARGEST_TF32), value)
     return value
 
 
@@ -164,7 +167,11 @@ def tanh(x):
 def bias_pointers(bias, sequence, rows, keys):
     """Addresses of the bias of each (row, key)."""
     base = bias.data + sequence.batch.to(tl.int64) * bias.batch
-    return base + rows.head.to(tl.int64) * bias.head + rows.query.to(tl.int64) * bias.row + keys * bias.column
+    base += rows.head.to(tl.int64) * bias.head + rows.query.to(tl.int64) * bias.row
+    columns = keys
+    if bias.column is not None:
+        columns = keys.to(tl.int64) * bias.column
+    return base + columns
 
 
 @triton.jit

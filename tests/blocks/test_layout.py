@@ -186,6 +186,29 @@ def test_no_queries_or_no_keys(sq: int, skv: int) -> None:
     assert layout.col_ptr.tolist() == [0] * (layout.n_kv + 1)
 
 
+@pytest.mark.parametrize(
+    ("mask", "sparsity", "tensors"),
+    [
+        (m.Causal(), s.BigBird(4), {}),
+        (m.longformer(4, (0,)) & m.Padding(), None, {"kv_lengths": torch.zeros(0, dtype=torch.int32)}),
+        (m.Document() | m.Dense(), None, {"document_ids": torch.zeros(0, 9).int(), "attn_mask": torch.ones(9) > 0}),
+        (m.Custom(lambda b, h, p, j: j <= p + b), s.Blocks(4, 4), {"block_mask": torch.ones(0, 2, 2, 3) > 0}),
+    ],
+    ids=["bigbird", "padding", "documents", "blocks"],
+)
+def test_no_batch(mask: m.Mask, sparsity: s.Sparsity | None, tensors: dict[str, Tensor]) -> None:
+    """An empty list for each row block of the one batch that stands for none."""
+    none = torch.zeros(0, dtype=torch.int64)
+    for lengths in ({}, {"q_len": none, "kv_len": none, "offset": none}):
+        layout = block_layout(mask, sparsity, 6, 9, 4, 4, batch=0, heads=2, tensors=tensors, **lengths)
+        assert (layout.batch, layout.n_batch, layout.n_heads) == (0, 1, 1)
+        assert (layout.live_blocks, layout.pairs, layout.density, layout.n_tiles) == (0, 0, 0.0, 0)
+        assert layout.row_ptr.tolist() == [0, 0, 0]
+        assert layout.col_ptr.tolist() == [0, 0, 0, 0]
+        assert layout.bits.shape == (0, 4, 1)
+        assert not layout.to_dense().any()
+
+
 def test_lengths_one_a_batch() -> None:
     layout = block_layout(m.Causal(), None, 6, 9, 4, 4, batch=2, q_len=[6, 2], kv_len=[9, 5])
     want = torch.zeros(2, 1, 6, 9, dtype=torch.bool)
@@ -210,6 +233,7 @@ def test_lengths_one_a_batch() -> None:
         ({"block_q": 0}, errors.InputError, "block_q"),
         ({"block_kv": True}, errors.InputError, "block_kv"),
         ({"heads": 0}, errors.InputError, "heads"),
+        ({"batch": -1}, errors.InputError, "batch"),
         ({"mask": m.Padding()}, errors.MissingTensorError, "kv_lengths"),
         ({"mask": m.Padding(), "tensors": {"kv_lengths": torch.ones(3)}}, errors.ShapeError, "kv_lengths"),
         ({"sparsity": s.Blocks(4, 4)}, errors.MissingTensorError, "block_mask"),

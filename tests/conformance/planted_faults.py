@@ -31,6 +31,7 @@ def prepare_right(problem: Problem) -> Callable[..., Result]:
         out = out.to(problem.out_dtype)
         return (out, lse.float()) if spec.return_lse else out
 
+    run.problem = problem  # type: ignore[attr-defined]  # what it was prepared for, for a fault that bakes it in
     return run
 
 
@@ -198,3 +199,69 @@ def unrepeatable(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str,
     """Another last bit at every call, as atomics give."""
     out, rest = _split(right(q, k, v, **tensors))
     return _join(out * (1 + (next(_turn) % 2) * 2**-22), rest)
+
+
+def one_batch(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """The batch that it was prepared for, which is the bucket's, baked in."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out if q.shape[0] == right.problem.batch else out * 0.5, rest)
+
+
+class _DenseGrad(torch.autograd.Function):
+    """Reads the gradient's memory in order, whatever its strides are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        memory = torch.empty(0, dtype=grad.dtype).set_(grad.untyped_storage())[: grad.numel()]
+        return torch.cat([memory, memory.new_zeros(grad.numel() - len(memory))]).view(grad.shape)
+
+
+def dense_grad(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Takes the output's gradient for dense."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(_DenseGrad.apply(out), rest)
+
+
+def dense_grad_of_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Takes the gradient of lse for dense."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out, tuple(_DenseGrad.apply(x) for x in rest))
+
+
+class _NoRepeats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad if grad.stride()[-1] else torch.zeros_like(grad)
+
+
+def no_sums(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Right under gradients of any strides but 0, which out.sum() gives."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(_NoRepeats.apply(out), rest)
+
+
+_buffers: dict[Any, Tensor] = {}
+
+
+def one_buffer(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Returns the same memory at each call: the next one overwrites what the last one gave."""
+    out, rest = _split(right(q, k, v, **tensors))
+    buffer = _buffers.setdefault((out.shape, out.dtype), torch.empty_like(out))
+    return _join(buffer.copy_(out.detach()), rest)
+
+
+_seen: dict[Any, Tensor] = {}
+
+
+def remembers_keys(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Keeps a copy of k by its address: other keys at the same place are not seen."""
+    old = _seen.setdefault((k.data_ptr(), k.shape, k.dtype), k.detach().clone())
+    return right(q, k + (old - k).detach(), v, **tensors)

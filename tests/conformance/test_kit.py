@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import planted_faults as planted
 import pytest
+import torch
 from planted_faults import Planted, prepare_right
 
-from attnreg import AttentionSpec, Problem, masks
+from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, masks
 from attnreg.hardware import detect
-from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs
+from attnreg.space import Config
+from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs, make_inputs
 from attnreg.testing.conformance import listed_refusals
+from attnreg.testing.gate import bucket_mates
+from attnreg.testing.inputs import Flavour
+from attnreg.testing.second import other_values
 
 GRADS = frozenset({"q", "k", "v"})
 HALF = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
@@ -41,6 +48,12 @@ FAULTS = [
         replace(PLAIN, spec=AttentionSpec(mask=masks.Causal(), deterministic=True)),
         "deterministic=True, but out differs",
     ),
+    (planted.one_batch, replace(PLAIN, batch=3), "the problem itself: out: error"),
+    (planted.dense_grad, PLAIN, "the problem itself: grad of q: error"),
+    (planted.dense_grad_of_lse, PLAIN, "the problem itself: grad of q: error"),
+    (planted.no_sums, PLAIN, "the gradients of a sum, of stride 0: grad of q: error"),
+    (planted.one_buffer, replace(PLAIN, grads=frozenset()), "out shares its memory with out of the run before"),
+    (planted.remembers_keys, PLAIN, "the problem itself: out: error"),
 ]
 
 
@@ -71,6 +84,63 @@ def test_a_refusal_fails_the_gate_with_its_reason() -> None:
     assert result == GateResult(False, "refused: no such instruction here", float("inf"), case=result.case, checked=0)
 
 
+def test_a_backend_is_asked_about_the_bucket_as_by_a_call() -> None:
+    asked: set[Problem] = set()
+
+    class Spy(Planted):
+        def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+            asked.add(problem)
+            return []
+
+        def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+            asked.add(problem)
+            return SearchSpace()
+
+        def prepare(self, problem: Problem, config: Config) -> Callable[..., Any]:
+            asked.add(problem)
+            return super().prepare(problem, config)
+
+    problem = replace(PLAIN, batch=3, sq=100, skv=100)
+    assert check_backend(Spy(planted.none), problem, {}, detect()).ok
+    assert problem.bucket() in asked
+    assert first_failure(Spy(planted.none), [Case("odd", problem)]) == ""
+    assert {p for p in asked if p != p.bucket()} == set()
+
+
+def test_mates_have_another_batch_of_the_same_bucket() -> None:
+    for batch, other in ((3, 4), (4, 3), (5, 8), (8, 5)):
+        mates = bucket_mates(replace(PLAIN, batch=batch))
+        assert other in {mate.batch for mate in mates}
+        assert {mate.bucket() for mate in mates} == {replace(PLAIN, batch=batch).bucket()}
+    assert {mate.batch for mate in bucket_mates(PLAIN)} == {2}
+    sizes = {"total_q": 260, "total_k": 260, "square": True}
+    packed = make_inputs(Problem(AttentionSpec(layout="thd"), 4, 2, 2, 65, 65, 16, 16, 16, **sizes)).problem
+    made = [make_inputs(mate).problem for mate in bucket_mates(packed)]
+    assert [p.bucket() for p in made] == [packed.bucket()] * len(made)
+    assert {p.batch for p in made} == {3, 4}
+
+
+def test_inputs_hold_what_they_held_after_a_check() -> None:
+    inputs = make_inputs(PLAIN, "strided")
+    before = [x.detach().clone() for x in (inputs.q, inputs.k, inputs.v)]
+    assert check_inputs(prepare_right(PLAIN), inputs).ok
+    assert all(torch.equal(x, old) for x, old in zip((inputs.q, inputs.k, inputs.v), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("flavour", ["normal", "expanded", "strided"])
+def test_the_second_run_finds_other_values_at_the_same_addresses(dtype: str, flavour: Flavour) -> None:
+    x = make_inputs(Problem(AttentionSpec(), 2, 2, 2, 5, 7, 16, 16, 16), flavour)
+    whole = [t.to(getattr(torch, dtype)) if flavour == "normal" else t for t in (x.q, x.k, x.v)]
+    inputs = replace(x, q=whole[0], k=whole[1], v=whole[2])
+    before = [t.double() for t in whole]
+    with other_values(inputs, ("q", "k", "v")):
+        for t, old in zip(whole, before, strict=True):
+            assert not torch.equal(t.double(), old)
+            assert torch.equal(t.double().sort(-1).values, old.sort(-1).values)
+    assert all(torch.equal(t.double(), old) for t, old in zip(whole, before, strict=True))
+
+
 def test_a_large_problem_is_sampled_and_still_caught() -> None:
     large = replace(PLAIN, batch=1, q_heads=2, kv_heads=1, sq=900, skv=900)
     assert check_backend(Planted(planted.none), large, {}, detect()).ok
@@ -85,7 +155,8 @@ def first_failure(backend: Planted, chosen: list[Case]) -> str:
 
     Suite.backend, Suite.cases = backend, chosen
     for case in chosen:
-        for test in (Suite().test_case, Suite().test_configurations, Suite().test_bucket):
+        suite = Suite()
+        for test in (suite.test_case, suite.test_configurations, suite.test_bucket, suite.test_gradients_of_a_sum):
             try:
                 test(case)
             except (pytest.fail.Exception, AssertionError) as error:
@@ -107,6 +178,10 @@ def test_the_suite_fails_every_fault(fault: planted.Fault) -> None:
     if fault is planted.returns_input:
         one = Problem(AttentionSpec(), 2, 2, 2, 1, 1, 32, 32, 32, square=True)
         chosen = [Case("one_key", one)]
+    elif fault is planted.one_batch:
+        chosen = [c for c in cases() if c.name == "mqa/normal_129x129/float32"]
+    elif fault is planted.one_buffer:  # it has no gradient, and that is not what it is about
+        chosen = [c.bare() for c in FEW]
     assert first_failure(Planted(fault), chosen)
 
 

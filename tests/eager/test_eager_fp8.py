@@ -169,6 +169,39 @@ def test_gradients_pass_through() -> None:
     assert (got[0][0, :, :20] == 0).all()
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "head", "block"])
+@pytest.mark.parametrize(("batch", "sq", "skv"), [(0, 4, 6), (2, 0, 6), (2, 4, 0), (0, 0, 0)])
+def test_sizes_of_zero(scaling: str, batch: int, sq: int, skv: int) -> None:
+    """Grouped heads under a mask and without: 0 and -inf of the right shape, and gradients of 0."""
+    for mask in (masks.Full(), masks.Causal(), masks.Dense()):
+        q, k, v = (torch.randn(batch, h, n, 8).requires_grad_() for h, n in ((4, sq), (2, skv), (2, skv)))
+        t = {"attn_mask": torch.ones(1, skv, dtype=torch.bool)} if mask == masks.Dense() else {}
+        out, lse = run(spec_of(scaling, mask=mask, return_lse=True), q, k, v, **t)
+        assert out.shape == q.shape
+        assert not out.any()
+        assert lse.isneginf().all()
+        assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1), (8,), (8, 8), (2, 1, 1)])
+def test_dense_masks_of_few_dimensions(shape: tuple[int, ...]) -> None:
+    spec = spec_of("tensor", mask=masks.Dense())
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    assert torch.equal(run(spec, q, k, v, attn_mask=torch.ones(shape).bool()), run(spec_of("tensor"), q, k, v))
+    assert not run(spec, q, k, v, attn_mask=torch.zeros(shape).bool()).any()
+
+
+def test_slopes_have_the_gradient_of_a_bias_made_of_them() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    slopes = torch.rand(2, requires_grad=True)
+    bias = -slopes.view(1, 2, 1, 1) * (torch.arange(40)[:, None] - torch.arange(40)).abs()
+    grads = []
+    for kind, named in (("alibi", {"alibi_slopes": slopes}), ("bias", {"bias": bias})):
+        out = run(spec_of("block", mask=masks.Causal(), **{kind: True}), q, k, v, **named)
+        grads.append(torch.autograd.grad(out.sin().sum(), slopes)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
 def test_refusals_name_the_cause() -> None:
     """Never chosen by itself, and by force only for what it emulates."""
     q = torch.randn(1, 1, 8, 16)

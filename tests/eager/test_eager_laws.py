@@ -188,7 +188,7 @@ def test_gradcheck(name: str, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(plan, "BUDGET", 20)
         monkeypatch.setattr(plan, "UPCAST", 40)
     q, k, v, t = make(small)
-    names = [n for n in ("bias", "sinks", "score_weight") if n in t]
+    names = [n for n in ("bias", "sinks", "score_weight", "alibi_slopes") if n in t]
     if "bias" in t:
         t["bias"] = torch.where(t["bias"].abs() > 100, -torch.inf, t["bias"])  # 1e4 swamps finite differences
         names.remove("bias")

@@ -31,7 +31,8 @@ def runner(spec: AttentionSpec) -> Any:
 
 def results(function: Any, case: Case) -> list[Tensor]:
     q, k, v, t = make(case, torch.float32)
-    leaves = [x.requires_grad_() for x in (q, k, v, t.get("bias"), t.get("sinks"), t.get("score_weight"))
+    leaves = [x.requires_grad_() for x in (q, k, v, t.get("bias"), t.get("sinks"), t.get("score_weight"),
+                                           t.get("alibi_slopes"))
               if x is not None and x.dtype == torch.float32]  # fmt: skip
     out, l = function(q, k, v, t)  # noqa: E741  # lse is the helper's name
     grads = torch.autograd.grad((out * out.detach().cos()).sum() + l[l.isfinite()].sum(), leaves, allow_unused=True)

@@ -48,7 +48,7 @@ def both(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         if function is dense:  # the same values, but gradients that add up in float64
             q, k, v = (x.double() if x.dtype.itemsize > 1 else x for x in (q, k, v))
             t = {name: x.double() if x.dtype == dtype else x for name, x in t.items()}
-        xs = leaves(q, k, v, *(t.get(name) for name in ("bias", "sinks", "score_weight")))
+        xs = leaves(q, k, v, *(t.get(name) for name in ("bias", "sinks", "score_weight", "alibi_slopes")))
         out, l = function(spec, q, k, v, t)  # noqa: E741  # lse is the name of the helper that asks for it
         g = torch.Generator().manual_seed(1)
         do = torch.randn(out.shape, generator=g, dtype=torch.float64).to(dtype).double()

@@ -43,6 +43,7 @@ REFUSED = [
     (problem(AttentionSpec(return_lse=True)), "return_lse on the CPU"),
     (problem(AttentionSpec(sinks=True)), "sinks on the CPU"),
     (problem(AttentionSpec(deterministic=True), grads=frozenset("q"), device="cuda"), "deterministic"),
+    (problem(AttentionSpec(alibi=True), grads=frozenset({"alibi_slopes"}), device="cuda"), "gradient of alibi_slopes"),
     (problem(AttentionSpec(), device="xpu"), "device 'xpu'"),
 ]  # fmt: skip
 

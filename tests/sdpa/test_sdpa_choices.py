@@ -33,12 +33,12 @@ REFUSED = [
     (problem(AttentionSpec(sinks=True, dropout_p=0.1)), "sinks with dropout_p"),
     (problem(AttentionSpec(return_lse=True, dropout_p=0.1)), "return_lse with dropout_p"),
     (problem(AttentionSpec(return_lse=True, bias=True), grads="q,bias"), "return_lse with a gradient of the bias"),
+    (problem(AttentionSpec(sinks=True, alibi=True), grads="alibi_slopes"), "sinks with a gradient of alibi_slopes"),
     (problem(AttentionSpec(sinks=True, return_lse=True), device="cuda"), "return_lse and sinks: SDPA returns no lse"),
     (problem(AttentionSpec(layout="thd"), device="cuda"), "read cu_seqlens back"),
     (problem(AttentionSpec(layout="thd"), traced=True), "layout 'thd' under a trace"),
     (problem(AttentionSpec(sparsity=sparsity.BigBird(4)), traced=True), "BigBird under a trace"),
     (problem(AttentionSpec(deterministic=True), device="cuda", grads="q"), "deterministic"),
-    (problem(AttentionSpec(dtype=Precision(kv="int8", rotate=True))), "dtype.rotate"),
     (problem(AttentionSpec(mask=masks.SlidingWindow(4096)), sq=2**20, skv=2**20), "dense tensor it takes 4096.0 GiB"),
     (problem(AttentionSpec(), device="xpu"), "device 'xpu'"),
 ]  # fmt: skip
@@ -70,6 +70,7 @@ def test_choices_follow_the_problem() -> None:
     assert SDPA.space(plain, CPU).choices == {"kernel": ("auto", "flash", "math")}
     assert SDPA.space(replace(plain, spec=AttentionSpec(sinks=True)), CPU).choices["kernel"] == ("flash",)
     assert SDPA.space(problem(AttentionSpec(bias=True), grads="bias"), CPU).choices["kernel"] == ("auto",)
+    assert SDPA.space(problem(AttentionSpec(alibi=True), grads="alibi_slopes"), CPU).choices["kernel"] == ("auto",)
     decode = problem(AttentionSpec(mask=masks.Causal()), sq=1)
     assert SDPA.space(decode, CPU).default["grouping"] == "pack"
     square = problem(AttentionSpec(mask=masks.Causal()), sq=16)

@@ -75,6 +75,28 @@ def test_masked_keys_leave_no_trace_in_a_trace(value: float) -> None:
     torch.testing.assert_close(got[:, :, blind].double(), want[:, :, blind], atol=3e-6, rtol=3e-6)
 
 
+@pytest.mark.parametrize(("spec", "name"), [
+    (AttentionSpec(mask=M.Causal(), align="offset"), "query_offset"),
+    (AttentionSpec(mask=M.Padding(), align="top_left"), "kv_lengths"),
+    (AttentionSpec(mask=M.PrefixLM(), return_lse=True), "prefix_lengths"),
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+def test_vmap_over_what_masks(spec: AttentionSpec, name: str) -> None:
+    """Integers that differ in the mapped dimension, beside q, k and v that may not."""
+    q, k, v = (x.detach() for x in _qkv(6, 9))
+    values = torch.tensor([[3, 9], [0, 4], [1, 2]])
+
+    def call(x: Tensor, values: Tensor) -> Any:
+        return attnreg.attention(spec, x, k, v, **{name: values})
+
+    with attnreg.use_backend("sdpa"):
+        for rows, dims in ((torch.stack([q, -q, 2 * q]), (0, 0)), (q, (None, 0))):
+            got = torch.vmap(call, in_dims=dims)(rows, values)
+            want = [call(x, n) for x, n in zip(rows if dims[0] == 0 else [q] * 3, values, strict=True)]
+            parts = zip(*(_flat(x) for x in want), strict=True)
+            for a, b in zip(_flat(got), parts, strict=True):
+                torch.testing.assert_close(a, torch.stack(b), atol=3e-6, rtol=3e-6)
+
+
 def test_exported_with_dynamic_sizes() -> None:
     class Layer(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:

@@ -236,12 +236,17 @@ def test_forward_equals_the_definition(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients_equal_the_definitions(case: Case) -> None:
-    """Of q, k, v, bias, score_weight and sinks, with a gradient for lse as well."""
+    """Of q, k, v, bias, ALiBi slopes, score_weight and sinks, with a gradient for lse as well."""
     leaves = {n: x.clone().requires_grad_() for n, x in zip("qkv", inputs(case), strict=True)}
     named = {
-        n: case.tensors[n].clone().requires_grad_() for n in ("bias", "score_weight", "sinks") if n in case.tensors
+        n: case.tensors[n].clone().requires_grad_()
+        for n in ("bias", "alibi_slopes", "score_weight", "sinks")
+        if n in case.tensors
     }
     extra = {{"bias": "added", "score_weight": "weight"}.get(n, n): x for n, x in named.items()}
+    if "alibi_slopes" in extra:
+        b, hq, _, sq, skv, _, _ = case.sizes
+        extra["added"] = _distances(b, hq, sq, skv, extra.pop("alibi_slopes"))
     want, want_lse = reference(*leaves.values(), live_of(case), **{**case.extra, **extra})
     grad_out, grad_lse = _t(*want.shape, seed=11), _t(*want_lse.shape, seed=12)
 

@@ -1,6 +1,7 @@
-"""Cross-compile the flash kernels in every form they take; test_flash_compile runs this without the interpreter.
+"""Cross-compile the kernels in every form they take; test_flash_compile runs this without the interpreter.
 
-Usage: compile_forms.py ARCH. Prints one JSON line a kernel: form, kernel, registers, spills, shared, instructions.
+Usage: compile_forms.py ARCH [flash|fp8]. Prints one JSON line a kernel: form, kernel, registers,
+spills, shared, instructions.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
-from attnreg import AttentionSpec, Hardware, Problem, masks
+from attnreg import AttentionSpec, Hardware, Problem, TensorInfo, masks
 from attnreg_triton.crosscompile import compile_kernel
 from attnreg_triton.flash import TritonDecode, TritonFlash
+from attnreg_triton.fp8 import TritonFp8
 
 GPUS = {
     "sm_80": Hardware("cuda", "nvidia", "a100", "sm_80", 108, 0, (), (0, 0, 0), 166912, 65536, 32),
@@ -26,7 +28,10 @@ ALL = AttentionSpec(
 )  # fmt: skip
 
 
-def forms() -> Iterator[tuple[str, TritonFlash | TritonDecode, Problem]]:
+Form = tuple[str, TritonFlash | TritonDecode | TritonFp8, Problem]
+
+
+def flash() -> Iterator[Form]:
     """Problems whose kernels differ in code, not only in tiles; sizes of 1 because Triton makes constants of them."""
     train = Problem(
         AttentionSpec(mask=masks.Causal()), 2, 16, 4, 2048, 2048, 64, 64, 64,
@@ -41,16 +46,36 @@ def forms() -> Iterator[tuple[str, TritonFlash | TritonDecode, Problem]]:
     yield "window", TritonFlash(), replace(train, spec=AttentionSpec(mask=BAND, layout="bshd"), **half)
     yield "tail", TritonFlash(), replace(train, **mla)
     yield "everything", TritonFlash(), replace(train, spec=ALL, grads=frozenset({"q", "k", "v", "bias"}))
+    one_key = {"spec": AttentionSpec(bias=True), "tensors": (TensorInfo("bias", "bfloat16", (0, 0, 0, 1)),)}
+    yield "one bias of all keys", TritonFlash(), replace(train, **one_key, grads=frozenset())
     yield "packed", TritonFlash(), replace(train, spec=AttentionSpec(mask=masks.Causal(), layout="thd"), **packed)
     yield "ones", TritonFlash(), replace(train, **one)
     yield "decode", TritonDecode(), replace(train, sq=1, skv=8192, grads=frozenset())
     yield "paged", TritonDecode(), replace(train, spec=paged, sq=1, total_q=2, pages=300, grads=frozenset())
 
 
-def main(arch: str) -> None:
+def fp8() -> Iterator[Form]:
+    """q, k and v that come as FP8: an 8-bit product takes 32 columns, which a narrow head, or its tail, has not."""
+    stored, descales = "float8_e4m3fn", ("q_descale", "k_descale", "v_descale")
+    tensors = tuple(TensorInfo(name, "float32", (1,)) for name in descales)
+    for name, head_dim, keys in (
+        ("D64", 64, 512),
+        ("D16", 16, 512),
+        ("D80", 80, 512),
+        ("D144", 144, 512),
+        ("8 keys", 64, 8),
+    ):
+        asked = Problem(
+            AttentionSpec(), 2, 4, 2, 128, keys, head_dim, head_dim, head_dim, dtype=stored, kv_dtype=stored,
+            device="cuda", tensors=tensors,
+        )  # fmt: skip
+        yield f"stored {name}", TritonFp8(), asked
+
+
+def main(arch: str, which: str = "flash") -> None:
     """Compile every form's default configuration."""
     hardware = GPUS[arch]
-    for name, backend, problem in forms():
+    for name, backend, problem in {"flash": flash, "fp8": fp8}[which]():
         assert backend.supports(problem, hardware) == [], name
         for spec in backend.compile_specs(problem, backend.space(problem, hardware).default):
             binary = asdict(compile_kernel(spec, hardware))
@@ -59,4 +84,4 @@ def main(arch: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -83,7 +83,7 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Inputs:
-    return operators.make_inputs(q, k, v, *[None] * (len(operators.FIELDS) - 3))
+    return operators.make_inputs(PLAN, q, k, v, *[None] * (len(operators.FIELDS) - 3))
 
 
 def forward(plan: Plan, *qkv: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flash_cases import core, quick, taken, without_gradients
 
-from attnreg import AttentionSpec, Problem, TensorInfo, masks, scores, sparsity
+from attnreg import AttentionSpec, Problem, TensorInfo, errors, masks, scores, sparsity
 from attnreg.hardware import detect
 from attnreg.testing import BackendConformance, cases, make_inputs
 from attnreg.testing.candidate import check_candidate
@@ -152,6 +152,30 @@ def test_one_gradient_alone() -> None:
         torch.testing.assert_close(torch.autograd.grad(alone(**given).sum(), given[name])[0], whole[n], rtol=0, atol=0)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    """Kernels compute a gradient outside autograd: differentiating it raises, and is never just 0."""
+    asked = problem(AttentionSpec(mask=masks.Chunked(13)), sq=9, skv=9, grads=frozenset("qkv"))
+    inputs = make_inputs(asked)
+    out = SPARSE.prepare(asked, SPARSE.space(asked, HARDWARE).default)(inputs.q, inputs.k, inputs.v)
+    found = torch.autograd.grad(out.pow(2).sum(), (inputs.q, inputs.k, inputs.v), create_graph=True)
+    for gradient in found:
+        with pytest.raises(errors.BackendError, match=r"triton_block_sparse: .* no second derivative"):
+            torch.autograd.grad(gradient.pow(2).sum() + out.sum(), inputs.q, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "query_offset"])
+def test_a_tensor_overwritten_before_the_backward_pass_is_told(name: str) -> None:
+    """The backward pass reads every tensor of the call again: torch raises where one has changed since."""
+    sizes = {"total_q": 70, "total_k": 90} if name.startswith("cu") else {}
+    spec = AttentionSpec(alibi=True, layout="thd" if sizes else "bhsd", align="top_left" if sizes else "offset")
+    inputs = make_inputs(problem(spec, sq=50, skv=70, grads=frozenset("qkv"), **sizes))
+    run = SPARSE.prepare(inputs.problem, SPARSE.space(inputs.problem, HARDWARE).default)
+    out = run(inputs.q, inputs.k, inputs.v, **inputs.tensors)
+    inputs.tensors[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -161,6 +185,7 @@ def test_one_gradient_alone() -> None:
         ({"traced": True}, "traced"),
         ({"spec": AttentionSpec(score=scores.Additive())}, "Additive"),
         ({"spec": AttentionSpec(page_size=16), "grads": frozenset("q"), "pages": 8}, "gradient"),
+        ({"spec": AttentionSpec(alibi=True), "grads": frozenset({"alibi_slopes"})}, "gradient of alibi_slopes"),
     ],
 )
 def test_refusals_name_the_reason(change: dict[str, object], words: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flash_cases import quick, taken, without_gradients
 
-from attnreg import AttentionSpec, Problem, TensorInfo, masks
+from attnreg import AttentionSpec, Problem, TensorInfo, errors, masks
 from attnreg.hardware import detect
 from attnreg.testing import BackendConformance, Case, cases, make_inputs, oracle
 from attnreg.testing.candidate import check_candidate
@@ -175,6 +175,73 @@ def test_torch_func_transforms() -> None:
     mapped = torch.vmap(run)(q, k, v)
     looped = torch.stack([run(*one) for one in zip(q, k, v, strict=True)])
     torch.testing.assert_close(mapped, looped, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_second_derivative_is_refused() -> None:
+    """Kernels compute a gradient outside autograd: differentiating it raises, by every way, and is never just 0."""
+    run = prepared(problem(AttentionSpec(mask=masks.Causal()), sq=9, skv=9, grads=frozenset("q"), traced=True))
+    q, k, v = torch.randn(1, 2, 9, 16), torch.randn(1, 1, 9, 16), torch.randn(1, 1, 9, 16)
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return run(q, k, v).pow(2).sum()
+
+    leaf = q.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    with pytest.raises(errors.BackendError, match=r"triton_flash: .* no second derivative .*use_backend\(.eager.\)"):
+        (first.pow(2).sum() + loss(leaf)).backward()
+    with pytest.raises(errors.BackendError, match="no second derivative"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).pow(2).sum())(q)
+    found = torch.vmap(torch.func.grad(loss))(torch.stack([q, q]))
+    torch.testing.assert_close(found[1], first.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_shows_in_float32(name: str, value: float) -> None:
+    """A NaN or inf that a row attends is not finite in the result either, where it is not in the definition's."""
+    asked = problem(AttentionSpec(mask=masks.Causal()), sq=4, skv=70)
+    inputs = make_inputs(asked)
+    given = {x: getattr(inputs, x).clone() for x in "qkv"}
+    given[name][..., -1, 3] = value
+    given["k" if name == "q" else "q"][..., 3].abs_()  # or a score of -inf would hide an infinite key
+    exact, _ = oracle(asked.spec, **given)
+    shown = ~exact.isfinite()
+    assert shown[..., -1, 3].all()
+    assert (~prepared(asked)(**given).isfinite() == shown).all()
+
+
+def spread(axis: int, *shape: int) -> torch.Tensor:
+    """float16 noise that lies 2**26 elements apart along an axis: beyond 32 bits in virtual memory, few pages held."""
+    strides = [shape[-1]] * len(shape)
+    strides[-1] = 1
+    strides[axis] = 2**26
+    held = torch.empty((shape[axis] - 1) * 2**26 + 2**20, dtype=torch.float16).as_strided(shape, strides)
+    return held.copy_(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["k", "bias"])
+def test_strides_beyond_32_bits(name: str) -> None:
+    """Keys, and a bias, that lie so far apart that their offsets pass 2**31 elements inside a tile."""
+    spec = AttentionSpec(bias=True)
+    q, v = torch.randn(1, 2, 4, 16).half(), torch.randn(1, 1, 40, 16).half()
+    k = spread(2, 1, 1, 40, 16) if name == "k" else torch.randn(1, 1, 40, 16).half()
+    bias = spread(3, 1, 1, 4, 40) if name == "bias" else torch.randn(1, 1, 4, 40).half()
+    asked = problem(spec, sq=4, dtype="float16", tensors=(TensorInfo("bias", "float16", (1, 1, 0, 0)),))
+    exact, _ = oracle(spec, q, k.contiguous(), v, bias=bias.contiguous())
+    torch.testing.assert_close(prepared(asked)(q, k, v, bias=bias).double(), exact, rtol=0, atol=2e-3)
+
+
+def test_a_gradient_that_no_kernel_computes_is_refused() -> None:
+    asked = problem(AttentionSpec(alibi=True), grads=frozenset({"q", "alibi_slopes"}))
+    assert FLASH.supports(asked, HARDWARE) == ["gradient of alibi_slopes: these kernels compute none"]
+
+
+def test_versions_tell_what_changed() -> None:
+    """Records of half precision stand: version 3 changed what reads float32 or a bias."""
+    plain = problem(AttentionSpec(), dtype="bfloat16")
+    versions = [FLASH.version_for(p, HARDWARE) for p in (plain, problem(AttentionSpec(bias=True), dtype="bfloat16"))]
+    assert [*versions, FLASH.version_for(problem(AttentionSpec()), HARDWARE)] == ["2", "3", "3"]
 
 
 def test_one_feature_twice_gives_one_gradient() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,19 @@ import attnreg
 from attnreg import AttentionSpec, dispatch, masks, modes, registry, store
 from attnreg.errors import InputError, RecordError, TuneError
 from attnreg.problem import Problem
+from attnreg.space import SearchSpace
 from attnreg.store import Store
-from attnreg.tuning import Options, known, read_problems, tune, tune_missing
+from attnreg.suites import attention_problem
+from attnreg.tuning import (
+    Options,
+    known,
+    read_problems,
+    tune,
+    tune_all,
+    tune_missing,
+    tune_problem,
+    write_problems,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -95,6 +108,149 @@ def test_a_file_that_is_no_problem_list_is_named(tmp_path: Path) -> None:
         read_problems(path)
     with pytest.raises(RecordError, match="cannot be read"):
         read_problems(tmp_path / "missing")
+
+
+def test_a_last_line_that_was_left_open_is_ended_first(tmp_path: Path, tuned: list[Problem], fresh: Any) -> None:
+    path = tmp_path / "problems.jsonl"
+    with attnreg.record(path):
+        attnreg.attention(CAUSAL, *qkv(32))
+    path.write_text(path.read_text().rstrip("\n"))
+    with attnreg.record(path):
+        attnreg.attention(CAUSAL, *qkv(64))
+    assert [p.sq for p in read_problems(path)] == [32, 64]
+
+
+def test_a_file_that_cannot_be_written_is_a_record_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "problems.jsonl", tmp_path):
+        with pytest.raises(RecordError, match="cannot be"), attnreg.record(path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"grads": ["zzz"]}, r"grads: expected names of k, q, v, got \['zzz'\]"),
+        ({"grads": ["bias"]}, "grads: expected names of k, q, v"),
+        ({"q_heads": 3}, "kv_heads: expected a divisor of q_heads=3, got 2"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"dtype": "int32"}, "dtype: expected one of float64.*, got 'int32'"),
+        ({"kv_dtype": "bool"}, "kv_dtype: expected one of float64.*int8, got 'bool'"),
+        ({"square": False}, "square: expected True for sq=32, skv=32, got False"),
+        ({"skv": 64}, "square: expected False for sq=32, skv=64, got True"),
+        ({"strides": ["odd", "rows", "rows"]}, "strides: expected three of contiguous"),
+        ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_a_problem_that_no_call_makes_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "x.jsonl"
+    write_problems(path, [attention_problem(CAUSAL, (2, 2), 32, 32, 16)])
+    data = json.loads(path.read_text())
+    data["problem"] |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(RecordError, match=rf"x\.jsonl:1: problem: {said}"):
+        read_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("cache", "hot"), ("backends", "eager"), ("backends", ()), ("backends", (1,)), ("budget", -1), ("budget", 0),
+        ("budget", "x"), ("budget", 1.5), ("seconds", "5"), ("seconds", 0), ("seconds", float("nan")), ("seed", "1"),
+        ("storage", 3), ("isolate", "no"), ("keep", None),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_meant_is_named(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{option}: expected .*, got ") as error:
+        tune(CAUSAL, *qkv(), **{option: value})
+    assert error.value.argument == option
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("time_limit", 0), ("memory_limit", -1), ("confidence", 1.0), ("enumerate_up_to", -1), ("patience", 0)],
+)
+def test_options_of_the_command_are_checked_too(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"^{option}: expected .*, got {value}"):
+        Options(**{option: value})
+    assert Options(backends=["eager", "sdpa"]).backends == ("eager", "sdpa")  # type: ignore[arg-type]  # a list is well
+
+
+def test_an_error_of_the_tuner_does_not_end_the_call(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("attnreg.tuning.api.tune_problem", broken)
+    q, k, v = qkv()
+    with (
+        attnreg.autotune(),
+        pytest.warns(RuntimeWarning, match=r"could not be tuned .*No space left.*goes on"),
+    ):
+        out = attnreg.attention(CAUSAL, q, k, v)
+    assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RecordError("locked"), TuneError("no")])
+def test_an_error_of_one_problem_leaves_the_others(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def some(problem: Problem, *_: Any) -> str:
+        if problem.sq == 32:
+            raise error
+        return "tuned"
+
+    monkeypatch.setattr("attnreg.tuning.api.tune_problem", some)
+    problems = [attention_problem(CAUSAL, (2, 2), size, size, 16) for size in (16, 32, 64)]
+    first, failed, last = (result for _, result in tune_all(problems))
+    assert (first, last) == ("tuned", "tuned")
+    assert isinstance(failed, TuneError)
+    assert str(error) in str(failed)
+
+
+class Odd:
+    """A right backend, but for one method."""
+
+    version = "1"
+
+    def __init__(self, name: str, **methods: Any) -> None:
+        self.name = name
+        for method, said in methods.items():
+            setattr(self, method, lambda *_, said=said: said)
+
+    def supports(self, problem: Problem, hardware: Any) -> Any:
+        return []
+
+    def space(self, problem: Problem, hardware: Any) -> Any:
+        return SearchSpace()
+
+    def prepare(self, problem: Problem, config: Any) -> Any:
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_a_backend_that_breaks_its_contract_is_refused_by_that(own_store: Store) -> None:
+    late = SearchSpace({"a": (1, 2)}, constraints=[("never asked of 1", lambda c: c["a"] == 1 or c["no"] > 0)])
+    odd = [
+        (Odd("no_space", space=None), r"its space\(\) must return a SearchSpace, got None"),
+        (Odd("late_error", space=late), r"its space\(\) raised KeyError: 'no'"),
+        (Odd("text", supports="no"), r"its supports\(\) must return a list of str, got 'no'"),
+        (Odd("silent", supports=None), r"its supports\(\) must return a list of str, got None"),
+    ]
+    entries = {backend.name: registry.Entry(backend, "odd", "here") for backend, _ in (*odd, (Odd("right"), ""))}
+    with registry.using(registry.Registry(entries)):
+        problem = attention_problem(CAUSAL, (2, 2), 32, 32, 16)
+        report = tune_problem(problem, Options(isolate=False))
+        assert report.winner is not None
+        assert report.winner.backend == "right"
+        assert set(report.unsupported) == {backend.name for backend, _ in odd}
+        for backend, said in odd:
+            assert re.fullmatch(said, report.unsupported[backend.name][0])
+        with pytest.raises(TuneError, match=r"no backend can run .*no_space: its space"):
+            tune_problem(problem, Options(isolate=False, backends=("no_space",)))
+
+
+def test_a_record_that_did_not_pass_the_gate_is_tuned_anew(own_store: Store, fresh: Any) -> None:
+    report = tune(CAUSAL, *qkv(), backends=("eager",), isolate=False, budget=1)
+    assert report.record is not None
+    with store.using(Store(own_store.user and own_store.user.parent / "other", None)) as other:
+        other.add(replace(report.record, gate=None))
+        assert known(report.problem) is None
 
 
 def test_tuning_in_a_call_end_to_end(own_store: Store, fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:

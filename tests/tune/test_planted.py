@@ -17,6 +17,8 @@ pytestmark = pytest.mark.alone
 WANTED = {
     "planted_wrong": ("gate", r"error .* is above the bound"),
     "planted_no_gradient": ("gate", r"grad of [qkv]: error"),
+    "planted_dense_gradient": ("gate", r"grad of [qkv]: error"),
+    "planted_remembers": ("gate", r"error .* is above the bound"),
     "planted_low_nan": ("gate", r"NaN"),
     "planted_wrong_at_64": ("gate", r"error .* is above the bound"),
     "planted_crash": ("crash", r"SIGSEGV"),
@@ -28,6 +30,14 @@ WANTED = {
     "planted_mutate": ("gate", r"input k was changed"),
     "planted_unwritten": ("gate", r"unwritten memory or NaN|error .* is above the bound"),
     "planted_raising": ("gate", r"raised RuntimeError: no luck today"),
+}
+
+
+# The same of a problem without gradients.
+WANTED_FORWARD = {
+    "planted_one_buffer": r"out shares its memory with out of the run before",
+    "planted_one_batch": r"the problem itself: out: error .* is above the bound",
+    "planted_remembers": r"error .* is above the bound",
 }
 
 
@@ -46,6 +56,18 @@ def test_every_planted_backend_is_found_out(planted: registry.Registry, own_stor
     [(_, kept)] = own_store.records("user")
     assert {name for name, _, _ in kept.refused} == {*WANTED, "planted_unsure"}
     assert kept.backend == report.winner.backend
+
+
+def test_what_a_call_would_meet_is_what_the_gate_sees(planted: registry.Registry, own_store: Store) -> None:
+    problem = attention_problem(AttentionSpec(mask=masks.Causal()), (2, 2), 192, 192, 16, batch=3)
+    report = tune_problem(problem, Options(backends=("sdpa", *WANTED_FORWARD)))
+    assert report.winner is not None
+    assert report.winner.backend == "sdpa"
+    found = {r.candidate.backend: (r.kind, r.reason) for r in report.refused}
+    assert set(found) == set(WANTED_FORWARD)
+    for name, reason in WANTED_FORWARD.items():
+        assert found[name][0] == "gate"
+        assert re.search(reason, found[name][1]), (name, found[name])
 
 
 def test_wrong_at_64_fails_where_the_problem_itself_is_not_at_64(planted: registry.Registry) -> None:

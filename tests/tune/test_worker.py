@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from attnreg import AttentionSpec, masks, registry
-from attnreg.hardware import detect
+from attnreg.hardware import Hardware, detect
 from attnreg.measure import Candidate, Died, LocalBench, Plan, Refusal, Worker
 from attnreg.measure.memory import peak_over, resident
 from attnreg.measure.timing import Clock
+from attnreg.problem import Problem
+from attnreg.space import SearchSpace
 from attnreg.suites import attention_problem
+from attnreg.tuning import Options, tune_problem
 
 pytestmark = pytest.mark.alone
 
@@ -53,6 +56,38 @@ def test_a_worker_that_died_is_started_again(planted: registry.Registry) -> None
         with pytest.raises(Died) as died:  # in a round, the one that ran is named, not the first
             worker.rounds([EAGER, Candidate("planted_crash")], 1)
         assert died.value.candidate == Candidate("planted_crash")
+
+
+def test_backends_are_asked_about_the_bucket_as_by_a_call() -> None:
+    asked: list[Problem] = []
+    real = registry.current().get("eager").backend
+
+    class Spy:
+        name, version = "spy", "1"
+
+        def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+            asked.append(problem)
+            return []
+
+        def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+            asked.append(problem)
+            return real.space(problem, hardware)
+
+        def version_for(self, problem: Problem, hardware: Hardware) -> str:
+            asked.append(problem)
+            return "1"
+
+        def prepare(self, problem: Problem, config: Any) -> Any:
+            asked.append(problem)
+            return real.prepare(problem, config)
+
+    problem = attention_problem(AttentionSpec(mask=masks.Causal()), (2, 2), 50, 50, 16, batch=3)
+    with registry.using(registry.Registry({"spy": registry.Entry(Spy(), "spy", "here")})):
+        report = tune_problem(problem, Options(isolate=False, keep=False))
+        assert report.record is not None
+        assert report.record.problem == problem
+        assert problem.bucket() in asked
+        assert {p for p in asked if p != p.bucket()} == set()
 
 
 def test_what_candidates_print_does_not_reach_the_pipe(planted: registry.Registry) -> None:

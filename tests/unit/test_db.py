@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from records_for_tests import problem, record, rival
 from typer.testing import CliRunner
 
 from attnreg import db, registry, store
 from attnreg.cli import app, commands
 from attnreg.hardware import detect
-from attnreg.records import Policy, Record, hardware_facts
+from attnreg.records import Gate, Policy, Record, hardware_facts
 from attnreg.records_json import line
 from attnreg.store import Store
 from attnreg.store_files import file_of
@@ -33,6 +34,7 @@ def mine(**changes: Any) -> Record:
         hardware=hardware_facts(HERE),
         problem=problem(batch=1),
         runner_up=None,
+        policy=Policy(threads=torch.get_num_threads()),
     )
     return replace(base, **changes)
 
@@ -102,6 +104,9 @@ def test_check_names_what_is_wrong(tmp_path: Path) -> None:
         mine(problem=problem(batch=2), version="0"),
         mine(problem=problem(batch=4), config={"no": 1}),
         mine(problem=problem(batch=8), backend="gone"),
+        mine(problem=problem(batch=16), gate=None),
+        mine(problem=problem(batch=32), gate=Gate(5.0, 1e-6)),
+        mine(problem=problem(batch=64), policy=Policy(threads=torch.get_num_threads() + 1)),
     ]
     write(root, *bad)
     path = file_of(root, mine())
@@ -111,11 +116,15 @@ def test_check_names_what_is_wrong(tmp_path: Path) -> None:
     text = "\n".join(f"{b.where} {b.reason}" for b in db.check(root, HERE))
     for said in ("not JSON", "version of eager", "configuration: ", "backend gone is not loaded", "wrong folder"):
         assert said in text
+    for said in ("B16", "B32", "B64"):
+        assert said in text
+    for said in (" no gate", "not past the gate: error 5, bound 1e-06", "stale: threads ("):
+        assert said in text
 
 
 def test_promote_ships_only_what_is_fit_and_names_the_rest(tmp_path: Path) -> None:
     sizes = iter(range(2, 100))
-    noisy = mine(problem=problem(batch=next(sizes)), policy=Policy(threads=2, noisy=True))
+    noisy = mine(problem=problem(batch=next(sizes)), policy=Policy(threads=torch.get_num_threads(), noisy=True))
     stale = mine(problem=problem(batch=next(sizes)), version="0")
     ungated = mine(problem=problem(batch=next(sizes)), gate=None)
     source = write(tmp_path / "user", mine(), noisy, stale, ungated, record())
@@ -135,6 +144,26 @@ def test_prune_lists_first_and_removes_only_when_told(tmp_path: Path) -> None:
     assert len(in_folder(root)) == 2
     db.prune(root, HERE, apply=True)
     assert [r.problem for r in in_folder(root)] == [mine().problem]
+
+
+def test_prune_keeps_records_of_other_thread_counts(tmp_path: Path) -> None:
+    other = mine(policy=Policy(threads=torch.get_num_threads() + 1))
+    assert [why for why in db.stale(other, HERE) if why.startswith("threads (")]
+    root = write(tmp_path / "db", mine(), other, mine(problem=problem(batch=3), policy=other.policy, version="0"))
+    gone = db.prune(root, HERE, apply=True)
+    assert [r.record.version for r in gone] == ["0"]
+    assert len(in_folder(root)) == 2
+
+
+def test_prune_takes_a_database_a_folder_or_a_file(tmp_path: Path) -> None:
+    stale = mine(problem=problem(batch=3), version="0")
+    for part in ("", HERE.slug, f"{HERE.slug}/{file_of(tmp_path, stale).name}"):
+        root = write(tmp_path / f"db{len(part)}", mine(), stale)
+        assert len(db.prune(root / part, HERE)) == 1
+        assert len(db.prune(root / part, HERE, apply=True)) == 1
+        assert [r.problem for r in in_folder(root)] == [mine().problem]
+    with pytest.raises(db.RecordError, match="no such file"):
+        db.prune(tmp_path / "missing", HERE)
 
 
 def test_the_command_line_end_to_end(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
 import attnreg
-from attnreg import AttentionSpec, SearchSpace, errors, hot, masks, registry
+from attnreg import AttentionSpec, SearchSpace, errors, hot, masks, registry, scores
 from attnreg.registry import Entry, Registry
 
 
@@ -229,6 +230,31 @@ def test_autocast_casts_as_it_does_for_torchs_own(entry: Any, fresh: hot.HotTabl
         got = got(q, k, v) if callable(got) else got
     assert got.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entry", [attnreg.attention, attnreg.prepare, attnreg.explain])
+def test_autocast_casts_bias_and_weight_with_q(entry: Any, dtype: torch.dtype, fresh: hot.HotTable) -> None:
+    q, k, v = (x.to(dtype) for x in qkv())
+    named = {"bias": torch.randn(4, 4, dtype=dtype), "score_weight": torch.randn(1, 8, 8, dtype=dtype)}
+    spec = AttentionSpec(bias=True, score=scores.General())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = entry(spec, q, k, v, **named)
+        if entry is attnreg.prepare:
+            got = got(q, k, v, **named)
+        if entry is not attnreg.explain:
+            assert got.dtype == torch.bfloat16
+            want = F.scaled_dot_product_attention(q @ named["score_weight"], k, v, named["bias"], scale=1.0)
+            torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
+
+
+def test_what_a_trace_refuses_is_told() -> None:
+    """Dynamo replaces the error by one on output types; the warning says the cause."""
+    spec = AttentionSpec(mask=masks.Padding())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: attnreg.attention(spec, q, k, v), fullgraph=True, backend="eager")
+    with pytest.warns(RuntimeWarning, match="attnreg: kv_lengths: the spec asks"), pytest.raises(Unsupported):
+        compiled(*qkv())
 
 
 def test_autocast_keeps_gradients_in_the_dtype_of_the_leaves(fresh: hot.HotTable) -> None:

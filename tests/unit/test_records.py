@@ -14,7 +14,7 @@ from records_for_tests import HARDWARE, VERSIONS, padded, problem, record, rival
 
 from attnreg import AttentionSpec, masks
 from attnreg.errors import RecordError
-from attnreg.records import Policy, Quantiles, problem_class
+from attnreg.records import Gate, Policy, Quantiles, problem_class
 from attnreg.records_json import SCHEMA, as_evidence, from_evidence, from_json, line, parse_line, to_json
 
 RECORDS = [
@@ -102,6 +102,24 @@ def test_any_value_in_any_field_is_refused_or_read(value: Any) -> None:
 def test_infinite_times_never_reach_a_line() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         line(record(times=Quantiles(3, (math.inf,) * 7)))
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed"),
+    [
+        (Gate(1e-7, 1e-6), True),
+        (Gate(1e-6, 1e-6, 1e-5, 1e-5), True),
+        (Gate(5.0, 1e-6), False),
+        (Gate(1e-7, 1e-6, 5.0, 1e-5), False),
+        (Gate(math.nan, 1e-6), False),
+        (Gate(1e-7, math.nan), False),
+        (Gate(1e-7, 1e-6, math.nan, 1e-5), False),
+        (None, False),
+    ],
+)
+def test_a_record_passed_if_its_winner_passed_the_gate(gate: Gate | None, passed: bool) -> None:
+    assert record(gate=gate).passed == passed
+    assert record(gate=gate, origin="static", times=None).passed
 
 
 def test_a_record_is_fresh_where_it_was_made() -> None:

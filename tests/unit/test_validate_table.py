@@ -20,6 +20,8 @@ from attnreg.errors import (
     SpecError,
     UnexpectedTensorError,
 )
+from attnreg.validate import check
+from attnreg.values import check_values
 
 B, HQ, HKV, SQ, SKV, D = 2, 4, 2, 6, 8, 16
 INT32 = {"dtype": torch.int32}
@@ -77,6 +79,7 @@ GENERAL, ADDITIVE = S(score=scores.General()), S(score=scores.Additive())
 BLOCKS = S(sparsity=sparsity.Blocks(2, 4))
 randn, ones = torch.randn, torch.ones
 half, double = torch.float16, torch.float64
+ONE = randn(1, 1, 1, 1)
 
 Row = tuple[str, AttentionSpec, Callable[[], dict[str, Any]], type[AttnregError], str, str]
 
@@ -115,6 +118,27 @@ TABLE: list[Row] = [
         "k",
         "2**45",
     ),
+    ("2**45 rows, one too many", PLAIN, lambda: call(q=randn(1).expand(1, 8, 2**42, 1), k=ONE, v=ONE), ShapeError, "q",
+     "fewer than 2**45 rows"),
+    ("2**45 keys", PLAIN, lambda: call(q=ONE, k=randn(1).expand(1, 1, 2**45, 1), v=randn(1).expand(1, 1, 2**45, 1)),
+     ShapeError, "k", "fewer than 2**45 rows"),
+    ("2**45 packed rows", THD,
+     lambda: packed(q=randn(1).expand(2**44, 2, 1), k=ONE[0], v=ONE[0], cu_seqlens_q=torch.tensor([0, 2**43, 2**44]),
+                    cu_seqlens_k=lengths(0, 1, 1)), ShapeError, "q", "fewer than 2**45 rows"),
+    ("2**45 packed keys", THD,
+     lambda: packed(q=ONE[0], k=randn(1).expand(2**45, 1, 1), v=randn(1).expand(2**45, 1, 1),
+                    cu_seqlens_q=lengths(0, 1, 1), cu_seqlens_k=torch.tensor([0, 2**44, 2**45])), ShapeError, "k",
+     "fewer than 2**45 rows"),
+    ("2**45 keys in pages", PAGED,
+     lambda: paged(k=randn(1).expand(2**43, HKV, 4, D), v=randn(1).expand(2**43, HKV, 4, D)), ShapeError, "k",
+     "fewer than 2**45 rows in pages"),
+    ("2**45 keys by the table", PAGED, lambda: paged(block_table=lengths(0).expand(B, 2**43)), ShapeError, "k",
+     "fewer than 2**45 rows"),
+    ("head_dim of 2**45", PLAIN, lambda: call(q=ONE.expand(1, 1, 1, 2**45), k=ONE.expand(1, 1, 1, 2**45), v=ONE),
+     ShapeError, "q", "fewer than 2**45 columns"),
+    ("Dv of 2**45", PLAIN, lambda: call(q=ONE, k=ONE, v=ONE.expand(1, 1, 1, 2**45)), ShapeError, "v",
+     "fewer than 2**45 columns"),
+    ("max_seqlen of 2**45", THD, lambda: packed(max_seqlen_k=2**45), ShapeError, "max_seqlen_k", "below 2**45"),
     # layout: what is right in one is wrong in another
     ("bshd heads", S(layout="bshd"), lambda: call(q=randn(B, SQ, 3, D)), ShapeError, "k", "divides Hq"),
     (
@@ -197,6 +221,7 @@ TABLE: list[Row] = [
      "dropout_p"),
     ("descale of floats", PLAIN, lambda: call(k_descale=ones(1)), UnexpectedTensorError, "k_descale", "Precision"),
     ("unknown name", PLAIN, lambda: call(mask=ones(SQ, SKV)), UnexpectedTensorError, "mask", "the names are attn_mask"),
+    ("unknown name of nothing", PLAIN, lambda: call(is_causal=None), UnexpectedTensorError, "is_causal", "no such"),
     ("misspelt name", PADDING, lambda: call(kv_length=lengths(3, 4)), UnexpectedTensorError, "kv_length", "no such"),
     # shapes of named tensors
     ("mask of other length", DENSE, lambda: call(attn_mask=ones(SQ, 7).bool()), ShapeError, "attn_mask", "got [6, 7]"),
@@ -308,6 +333,44 @@ def test_a_second_call_checks_values_again() -> None:
         attnreg.attention(PADDING, **{**right, "kv_lengths": lengths(3, 9)})
 
 
+@pytest.mark.parametrize("entry", [attnreg.attention, attnreg.prepare, attnreg.explain])
+def test_an_unknown_name_is_refused_whatever_it_holds(entry: Callable[..., Any]) -> None:
+    for value in (None, 1):
+        with pytest.raises(UnexpectedTensorError, match="nonsense: no such tensor"):
+            entry(PLAIN, **call(nonsense=value))
+    entry(PLAIN, **call(bias=None))  # a known name may be left out in this way
+
+
+def test_many_packed_sequences_are_no_more_rows_than_they_hold() -> None:
+    """Where lengths cannot be read, the bound on each sequence is T; their number times it counts nothing."""
+    x, cu = meta(2**20, 64, 8), meta(2**20, dtype=torch.int32)
+    check(THD, x, x, x, {"cu_seqlens_q": cu, "cu_seqlens_k": cu})
+
+
+def test_block_scales_of_packed_keys_whose_lengths_cannot_be_read() -> None:
+    """Neither right nor wrong numbers of scales are judged by T, which bounds the longest; reading it, they are."""
+    spec = S(layout="thd", dtype=Precision(kv="int8", scaling="block"))
+    cu = lengths(0, 96, 192, 288, 300)
+
+    def sizes(device: str, count: int, **more: Any) -> Any:
+        stored, scale = torch.empty(300, 2, 8, dtype=torch.int8, device=device), torch.ones(4, 2, count, device=device)
+        named = {f"cu_seqlens_{side}": cu.to(device) for side in "qk"}
+        q = torch.empty(300, 2, 8, device=device)
+        return check(spec, q, stored, stored, {**named, "k_descale": scale, "v_descale": scale, **more})
+
+    def read(count: int) -> None:
+        scale = torch.ones(4, 2, count)
+        check_values(spec, sizes("meta", count), {"cu_seqlens_k": cu, "k_descale": scale, "v_descale": scale})
+
+    for count in (3, 6):
+        sizes("cpu", count)
+        read(count)
+    sizes("meta", 7)
+    for wrong in (lambda: sizes("cpu", 7), lambda: sizes("meta", 7, max_seqlen_k=96), lambda: read(7)):
+        with pytest.raises(ShapeError, match=r"k_descale.*cuts Skv=96"):
+            wrong()
+
+
 BAD_SPECS: list[tuple[str, Callable[[], Any], str]] = [
     ("dropout_p of 1", lambda: S(dropout_p=1.0), "dropout_p"),
     ("negative dropout_p", lambda: S(dropout_p=-0.1), "dropout_p"),
@@ -347,6 +410,20 @@ BAD_SPECS: list[tuple[str, Callable[[], Any], str]] = [
     ("heads that do not divide", lambda: HeadGrouping(q=6, kv=4), "q=6"),
     ("no heads", lambda: HeadGrouping(q=0, kv=0), "q >= 1"),
     ("unknown precision", lambda: Precision(compute="int4"), "compute"),
+    ("rotation of a stored cache", lambda: Precision(kv="int8", rotate=True), "rotate q and k before storing k"),
+    (
+        "the same beside fp8 products",
+        lambda: Precision(compute="float8_e4m3fn", kv="float8_e4m3fn", rotate=True),
+        "kv='float8_e4m3fn'",
+    ),
+    ("window without a width", lambda: S.model_validate({"mask": {"kind": "sliding_window"}}), "['left']"),
+    ("dilation without a step", lambda: S.model_validate({"mask": {"kind": "dilated", "window": 3}}), "['dilation']"),
+    ("bigbird without a block", lambda: S.model_validate({"sparsity": {"kind": "bigbird"}}), "['block']"),
+    ("complement of nothing", lambda: S.model_validate_json('{"mask": {"kind": "not"}}'), "['of']"),
+    ("window past int64", lambda: masks.SlidingWindow(2**62), "int64"),
+    ("bigbird of more blocks than positions", lambda: sparsity.BigBird(4, global_blocks=2**31), "global_blocks"),
+    ("more random blocks than a table holds", lambda: sparsity.BigBird(4, random_blocks=2**16), "below 65536"),
+    ("local blocks past int64", lambda: sparsity.Strided(4, 2**31, 1), "local"),
     ("unknown scaling", lambda: Precision(scaling="row"), "scaling"),
     ("mask of unknown kind", lambda: S.model_validate({"mask": {"kind": "spiral"}}), "spiral"),
     ("custom mask from data", lambda: S.model_validate({"mask": {"kind": "custom", "mask_mod": "x"}}), "custom"),

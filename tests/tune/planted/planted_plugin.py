@@ -7,6 +7,7 @@ unless it is set.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import attnreg
 
 HELD: list[torch.Tensor] = []
+SEEN: dict[Any, torch.Tensor] = {}
 CALLS = [0]
 
 
@@ -39,6 +41,37 @@ class NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return grad * 0, grad * 0, grad * 0
+
+
+class DenseGradient(torch.autograd.Function):
+    """The right output, and gradients that take the output's for dense."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        return right(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        memory = torch.empty(0).set_(grad.untyped_storage())[: grad.numel()]
+        memory = torch.cat([memory, torch.zeros(grad.numel() - len(memory))])
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            return torch.autograd.grad(right(*leaves), leaves, memory.view(grad.shape))
+
+
+def remembers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    old = SEEN.setdefault((k.data_ptr(), k.shape), k.detach().clone())
+    return right(q, k + (old - k).detach(), v)
+
+
+def one_buffer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out = right(q, k, v).detach()
+    return SEEN.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+
+
+def one_batch(batch: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return right(q, k, v) * (1.0 if q.shape[0] == batch else 0.5)
 
 
 def low_nan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -128,12 +161,16 @@ class Planted:
         return attnreg.SearchSpace()
 
     def prepare(self, problem: attnreg.Problem, config: Any) -> Callable[..., torch.Tensor]:
-        return self.run
+        return functools.partial(one_batch, problem.batch) if self.run is one_batch else self.run
 
 
 PLANTED = {
     "planted_wrong": cheap,
     "planted_no_gradient": NoGradient.apply,
+    "planted_dense_gradient": DenseGradient.apply,
+    "planted_remembers": remembers,
+    "planted_one_buffer": one_buffer,
+    "planted_one_batch": one_batch,
     "planted_low_nan": low_nan,
     "planted_wrong_at_64": wrong_at_64,
     "planted_crash": crash,
