@@ -19,7 +19,7 @@ from attnreg.scores import ScaledDot
 from attnreg.sparsity import Dense
 from attnreg.testing import Inputs
 
-__all__ = ["PEERS", "UnfitError"]
+__all__ = ["PEERS", "UnfitError", "copied"]
 
 Run = Callable[..., Any]
 
@@ -36,6 +36,16 @@ def allowed(p: Problem, tensors: Mapping[str, Any], q_rows: slice | None = None,
     if not isinstance(p.spec.sparsity, Dense):
         out = out & p.spec.sparsity.allows(at, p.skv)
     return out.expand(-1, -1, len(rows), len(columns))
+
+
+def copied(run: Run) -> Run:
+    """For the check alone: a runtime may give the same output buffer every time, which a backend may not."""
+
+    def call(*inputs: Any, **tensors: Any) -> Any:
+        out = run(*inputs, **tensors)
+        return tuple(x.clone() for x in out) if isinstance(out, tuple) else out.clone()
+
+    return call
 
 
 def _plain(p: Problem) -> None:

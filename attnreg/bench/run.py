@@ -13,7 +13,7 @@ import torch
 
 from attnreg import dispatch
 from attnreg.bench.peaks import PeakLoops, Peaks
-from attnreg.bench.peers import PEERS, UnfitError
+from attnreg.bench.peers import PEERS, UnfitError, copied
 from attnreg.errors import AttnregError
 from attnreg.hardware import detect
 from attnreg.measure.probes import Probes
@@ -154,7 +154,7 @@ def _prepare(inputs: Inputs, options: Options) -> tuple[dict[str, Thunk], list[C
     for name, make in makers:
         try:
             run = make()
-            verdict = check_inputs(run, inputs, truth=truth, poison=False)
+            verdict = check_inputs(run if name == OURS else copied(run), inputs, truth=truth, poison=False)
         except (UnfitError, AttnregError) as error:
             idle.append(Contestant(name, why=str(error)))
             continue

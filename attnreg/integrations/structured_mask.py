@@ -23,12 +23,13 @@ class _UnknownUseError(InputError, AttributeError):
 
 # What a bool tensor answers exactly as a model means it: reading, choosing and joining, and no arithmetic, which a
 # model that expects 0 and -inf would do to ones and zeros.
+METHODS = ("logical_not", "logical_and", "logical_or", "logical_xor", "size", "dim")
 OPERATORS = ("getitem", "and", "rand", "or", "ror", "xor", "rxor", "invert", "eq", "ne")
 FUNCTIONS = frozenset(
     {
-        "where", "masked_fill", "masked_fill_", "logical_and", "logical_or", "logical_xor", "logical_not", "all", "any",
-        "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "cat", "concat", "stack", "pad", "eq", "ne",
-        "scaled_dot_product_attention", *(f"__{name}__" for name in OPERATORS),
+        "where", "masked_fill", "masked_fill_", "all", "any", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
+        "cat", "concat", "stack", "pad", "eq", "ne", "scaled_dot_product_attention",
+        *METHODS, *(f"__{name}__" for name in OPERATORS),
     }
 )  # fmt: skip
 REFUSED = (
@@ -105,7 +106,7 @@ def _refuse(what: str) -> NoReturn:
     raise _UnknownUseError(
         "attention_mask",
         f"the model uses {what} of its mask; attnreg hands it a mask expression, which answers as a bool tensor "
-        "for dtype, device, shape, indexing, &, |, ^, ~, ==, torch.where, masked_fill, cat and pad. Use "
+        "for dtype, device, shape, indexing, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and logical_not. Use "
         "attn_implementation='eager' for this model",
     )
 
@@ -120,8 +121,8 @@ def _refused(name: str) -> Callable[..., Any]:
     return lambda mask, *others: _refuse(name)
 
 
-for _name in OPERATORS:
-    setattr(StructuredMask, f"__{_name}__", _exact(f"__{_name}__"))
+for _name in (*METHODS, *(f"__{name}__" for name in OPERATORS)):
+    setattr(StructuredMask, _name, _exact(_name))
 for _name in REFUSED:
     setattr(StructuredMask, f"__{_name}__", _refused(f"__{_name}__"))
 

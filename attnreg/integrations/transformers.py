@@ -81,7 +81,7 @@ def attention_mask(
         return StructuredMask(_and_dense(expression), {"attn_mask": real[:, None, None, :]}, offset, shape, device)
     if bool((lengths == kv_length).all()):
         return StructuredMask(expression, {}, offset, shape, device)
-    return StructuredMask(_kept(expression & Padding()), {"kv_lengths": lengths}, offset, shape, device)
+    return StructuredMask(expression & Padding(), {"kv_lengths": lengths}, offset, shape, device)
 
 
 def _right_padded(real: Tensor) -> Tensor | None:
@@ -111,29 +111,23 @@ def _expression(function: Any) -> Mask | None:
         return None
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
     if code is _WINDOW:  # kv > q - window, with no bound on the right; a window of 0 sees nothing, as Qwen2-MoE's
-        return _kept(SlidingWindow(held["sliding_window"] - 1, _FAR)) if held["sliding_window"] > 0 else None
+        return SlidingWindow(held["sliding_window"] - 1, _FAR) if held["sliding_window"] > 0 else None
     if code is _BOTH_SIDES:
-        return _kept(SlidingWindow(held["sliding_window"], held["sliding_window"]))
+        return SlidingWindow(held["sliding_window"], held["sliding_window"])
     if code is _AND:
         parts = [_expression(part) for part in held["mask_functions"]]
         known = [part for part in parts if part is not None]
-        return _kept(functools.reduce(lambda a, b: a & b, known)) if len(known) == len(parts) else None
+        return functools.reduce(lambda a, b: a & b, known) if len(known) == len(parts) else None
     return None
 
 
 _FAR = 2**61
 
 
-@functools.lru_cache(maxsize=1024)
-def _kept(mask: Mask) -> Mask:
-    """One object a meaning: a compiled model that takes a mask made ahead is guarded by which object it is."""
-    return mask
-
-
 def _and_dense(mask: Mask) -> Mask:
     if mask is CAUSAL or mask is FULL:
         return CAUSAL_DENSE if mask is CAUSAL else FULL_DENSE
-    return _kept(mask & DENSE)
+    return mask & DENSE
 
 
 def attention_forward(

@@ -72,7 +72,7 @@ def test_a_peer_is_right_on_what_it_takes_and_takes_something(name: str) -> None
             call = peers.PEERS[name](inputs.problem, inputs)
         except peers.UnfitError:
             continue
-        verdict = check_inputs(call, inputs, poison=False)
+        verdict = check_inputs(peers.copied(call), inputs, poison=False)
         assert verdict.ok, f"{problem}: {verdict.reason}"
         taken += 1
     assert taken
@@ -89,7 +89,7 @@ def test_a_runtime_is_right_where_it_is_installed_and_says_so_where_it_is_not(na
             with pytest.raises(peers.UnfitError, match="installed"):
                 peers.PEERS[name](inputs.problem, inputs)
             continue
-        verdict = check_inputs(peers.PEERS[name](inputs.problem, inputs), inputs, poison=False)
+        verdict = check_inputs(peers.copied(peers.PEERS[name](inputs.problem, inputs)), inputs, poison=False)
         assert verdict.ok, f"{problem}: {verdict.reason}"
 
 

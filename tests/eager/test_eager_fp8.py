@@ -192,7 +192,7 @@ def test_dense_masks_of_few_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_slopes_have_the_gradient_of_a_bias_made_of_them() -> None:
-    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 40, 16).requires_grad_() for _ in range(3))
     slopes = torch.rand(2, requires_grad=True)
     bias = -slopes.view(1, 2, 1, 1) * (torch.arange(40)[:, None] - torch.arange(40)).abs()
     grads = []
