@@ -18,7 +18,8 @@ k = torch.randn(1, 2, 100, 24)
 for rows, keys in ((q, k), (q[:, :, :1], k), (q[:, :, :1].bfloat16(), k.bfloat16())):
     with attnreg.use_backend("cpu"):
         out = attnreg.attention(attnreg.AttentionSpec(), rows, keys, keys)
-    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(rows, keys, keys))
+    want = torch.nn.functional.scaled_dot_product_attention(rows.float(), keys.float(), keys.float())
+    torch.testing.assert_close(out.float(), want, rtol=2e-2, atol=2e-2 if out.dtype == torch.bfloat16 else 1e-5)
 try:
     with attnreg.use_backend("cpu"):
         attnreg.attention(attnreg.AttentionSpec(), q, k.requires_grad_(), k)

@@ -46,7 +46,8 @@ class Backward {
         Operand* d_out;       // [operands of a row][lanes]
         Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
         float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp, near: in base 2 with what its rounding left; dout . out - dlse
-        bool far;                         // is a log-sum-exp beyond FAR?
+        int32_t* far;                     // [lanes] all ones where the log-sum-exp is beyond FAR, else 0
+        bool any_far;
     };
     struct Buffers {
         Operand *keys, *values;
@@ -87,6 +88,7 @@ class Backward {
             tiles[t].d_out_rows = carver.take<Operand>(FULL * PADDED_V);
             tiles[t].lse = carver.take<float>(FULL);
             tiles[t].lse_rest = carver.take<float>(FULL);
+            tiles[t].far = carver.take<int32_t>(FULL);
             tiles[t].delta = carver.take<float>(FULL);
         }
     }
@@ -184,9 +186,11 @@ class Backward {
             pack_rows<HEAD_K>(queries, t.count, t.lanes(), g.query_rows);
             pack_rows<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
             t.summed = false;
-            g.far = false;
+            g.any_far = false;
             for (int64_t i = 0; i < t.lanes(); ++i) {
                 g.lse[i] = INFINITY_F;  // makes every weight 0
+                g.lse_rest[i] = 0.0f;
+                g.far[i] = 0;
                 g.delta[i] = 0.0f;
                 if (i >= t.count) continue;
                 const T* out = row(static_cast<const T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, t, i);
@@ -195,14 +199,13 @@ class Backward {
                 float delta = 0.0f;
                 for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
                 if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t, i);
-                g.lse[i] = lse;
                 g.delta[i] = delta;
-                g.far = g.far || std::fabs(lse) > FAR;
-            }
-            for (int64_t i = 0; i < t.lanes(); ++i) {
-                g.lse_rest[i] = 0.0f;
-                if (g.far || g.lse[i] == INFINITY_F) continue;
-                const float lse = g.lse[i];
+                g.lse[i] = lse;
+                if (std::fabs(lse) > FAR) {
+                    g.far[i] = -1;
+                    g.any_far = true;
+                    continue;
+                }
                 g.lse[i] = lse * LOG2_E;
                 g.lse_rest[i] = float(lse * LOG2_E_EXACT - g.lse[i]);
             }
@@ -331,14 +334,16 @@ class Backward {
         ATTNREG_ALONE void differentiate_softmax(int64_t count, float scale, float d_scale, const GradientTile& g) {
             const vfloat d_factor = splat(d_scale);
             vfloat lse[NV], rest[NV], delta[NV];
+            vint far[NV];
             for (int v = 0; v < NV; ++v) {
+                far[v] = load(g.far + v * LANES);
                 lse[v] = load(g.lse + v * LANES), rest[v] = load(g.lse_rest + v * LANES), delta[v] = load(g.delta + v * LANES);
             }
-            const auto differentiate = [&](auto far) ATTNREG_LAMBDA {
+            const auto differentiate = [&](auto any) ATTNREG_LAMBDA {
                 for (int64_t j = 0; j < count; ++j) {
                     for (int v = 0; v < NV; ++v) {
                         const int64_t at = (j * NV + v) * LANES;
-                        const vfloat weight = vexp2(exponent_of(far, load(b_.scores + at), scale, lse[v]) - rest[v]);
+                        const vfloat weight = vexp2(exponent_of(any, load(b_.scores + at), scale, lse[v], far[v]) - rest[v]);
                         const vfloat change = weight * (load(b_.d_scores + at) - delta[v]) * d_factor;
                         store(b_.scores + at, weight);
                         // A masked key's d_weight may have overflowed; its weight is 0 and so is its gradient.
@@ -346,7 +351,7 @@ class Backward {
                     }
                 }
             };
-            g.far ? differentiate(std::true_type()) : differentiate(std::false_type());
+            g.any_far ? differentiate(std::true_type()) : differentiate(std::false_type());
         }
 
         // Each pair of row and key is met once, by one thread.

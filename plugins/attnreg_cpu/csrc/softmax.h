@@ -92,35 +92,33 @@ ATTNREG_INLINE void store_weights(Single* out, int64_t at, vfloat weight) { std:
 constexpr float FAR = 4096.0f;
 
 // Brings the maximum up to date before weights are taken: `base` is what their exponents are counted from (0 for a lane that has met
-// nothing yet), and `rescale` the factor for what was summed before. Are scores far? If so, `base` is a score, else a power of 2.
+// nothing yet), and `rescale` the factor for what was summed before. In lanes that are `far` the base is a score, in others a power of 2;
+// is any far?
 template <int NV>
-ATTNREG_INLINE bool start_weights(float scale, const float* peak, float* top, float* rescale, vfloat (&base)[NV]) {
+ATTNREG_INLINE bool start_weights(float scale, const float* peak, float* top, float* rescale, vfloat (&base)[NV], vint (&far)[NV]) {
     const vfloat log2_e = splat(LOG2_E);
-    vfloat before[NV], farthest = zero();
+    vfloat farthest = zero();
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
-        before[v] = load(top + v * LANES);
-        const vfloat now = vmax(before[v], rounded(load(peak + v * LANES) * splat(scale)));
-        base[v] = select(now == splat(-INFINITY_F), zero(), now);
-        farthest = vmax(farthest, vmax(base[v], -base[v]));
-        store(top + v * LANES, now);
-    }
-    const bool far = reduce_max(farthest) > FAR;
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
+        const vfloat before = load(top + v * LANES), now = vmax(before, rounded(load(peak + v * LANES) * splat(scale)));
+        const vfloat score = select(now == splat(-INFINITY_F), zero(), now), size = vmax(score, -score);
+        farthest = vmax(farthest, size);
+        far[v] = size > splat(FAR);
         // Weights taken at different times share one rounded base.
-        if (!far) before[v] = rounded(before[v] * log2_e), base[v] = rounded(base[v] * log2_e);
-        const vfloat change = before[v] - base[v];
-        store(rescale + v * LANES, vexp2(far ? change * log2_e : change));
+        const vfloat power = rounded(score * log2_e);
+        base[v] = select(far[v], score, power);
+        store(top + v * LANES, now);
+        store(rescale + v * LANES, vexp2(select(far[v], (before - score) * log2_e, rounded(before * log2_e) - power)));
     }
-    return far;
+    return reduce_max(farthest) > FAR;
 }
 
-// The power of 2 that a score's weight is; `far` is std::true_type or std::false_type, as start_weights found.
-template <class Far>
-ATTNREG_INLINE vfloat exponent_of([[maybe_unused]] Far far, vfloat score, float scale, vfloat base) {
-    if constexpr (Far::value) return (rounded(score * splat(scale)) - base) * splat(LOG2_E);
-    return fma(score, splat(scale * LOG2_E), -base);
+// The power of 2 that a score's weight is. Any: std::true_type where some lane may be far. A lane's weight does not depend on the others.
+template <class Any>
+ATTNREG_INLINE vfloat exponent_of(Any, vfloat score, float scale, vfloat base, vint far) {
+    const vfloat near = fma(score, splat(scale * LOG2_E), -base);
+    if constexpr (Any::value) return select(far, (rounded(score * splat(scale)) - base) * splat(LOG2_E), near);
+    return near;
 }
 
 // Joins the sum of one run's weights to that of the runs before. Run by run, because one long sum loses more to rounding: a lane may
@@ -137,11 +135,12 @@ template <int NV>
 ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
     vfloat base[NV], total[NV] = {};
-    const auto weigh = [&](auto far) ATTNREG_LAMBDA {
+    vint far[NV];
+    const auto weigh = [&](auto any) ATTNREG_LAMBDA {
         for (int64_t j = 0; j < count; ++j) {
             vfloat weight[NV];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) weight[v] = exponent_of(far, load(scores + (j * NV + v) * LANES), scale, base[v]);
+            for (int v = 0; v < NV; ++v) weight[v] = exponent_of(any, load(scores + (j * NV + v) * LANES), scale, base[v], far[v]);
             vexp2(weight);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
@@ -150,7 +149,7 @@ ATTNREG_ALONE void online_softmax(Single* weights, const float* scores, int64_t 
             }
         }
     };
-    start_weights<NV>(scale, peak, top, rescale, base) ? weigh(std::true_type()) : weigh(std::false_type());
+    start_weights<NV>(scale, peak, top, rescale, base, far) ? weigh(std::true_type()) : weigh(std::false_type());
     join_sums<NV>(total, rescale, sum);
 }
 
@@ -160,20 +159,22 @@ template <int NV>
 ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
                                   float* sum, float* rescale) {
     vfloat base[NV], total[NV] = {};
-    const auto weigh = [&](auto far) ATTNREG_LAMBDA {
+    vint far[NV];
+    const auto weigh = [&](auto any) ATTNREG_LAMBDA {
         for (int64_t j = 0; j < count; j += 2) {
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
                 const int64_t at = (j * NV + v) * LANES;
-                const vfloat first = vexp2(exponent_of(far, load(scores + at), scale, base[v]));
-                const vfloat second = j + 1 < count ? vexp2(exponent_of(far, load(scores + at + NV * LANES), scale, base[v])) : zero();
+                const vfloat first = vexp2(exponent_of(any, load(scores + at), scale, base[v], far[v]));
+                const vfloat other = exponent_of(any, load(scores + at + NV * LANES), scale, base[v], far[v]);
+                const vfloat second = j + 1 < count ? vexp2(other) : zero();
                 total[v] += first + second;
                 const vint pair = make_pairs(first, second);
                 std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
             }
         }
     };
-    start_weights<NV>(scale, peak, top, rescale, base) ? weigh(std::true_type()) : weigh(std::false_type());
+    start_weights<NV>(scale, peak, top, rescale, base, far) ? weigh(std::true_type()) : weigh(std::false_type());
     join_sums<NV>(total, rescale, sum);
 }
 #endif
