@@ -13,7 +13,7 @@ from typing import IO
 
 from attnreg import modes
 from attnreg.errors import RecordError, SpecError
-from attnreg.problem import DIFFERENTIABLE, Problem
+from attnreg.problem import GRADS, Problem
 
 __all__ = ["Recorder", "read_problems", "record", "write_problems"]
 
@@ -108,7 +108,7 @@ def _checked(problem: Problem) -> Problem:
     p = problem
     floats = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
     tensors = {t.name for t in p.tensors} | p.spec.tensors()
-    known = {"q", "k", "v", *(n for n in DIFFERENTIABLE if n in tensors)}
+    known = {"q", "k", "v", *(n for n in GRADS if n in tensors)}
     rules = [
         ("dtype", p.dtype in floats, f"one of {', '.join(floats)}"),
         ("kv_dtype", p.kv_dtype in (*floats, "int8"), f"one of {', '.join(floats)}, int8"),

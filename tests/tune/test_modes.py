@@ -290,3 +290,12 @@ def test_plugin_records_reach_decide(own_store: Store, fresh: Any) -> None:
         explained = attnreg.explain(CAUSAL, q, k, v)
         assert (explained.backend, explained.source) == ("eager", "plugin record")
     assert dispatch.decision(CAUSAL, q, k, v)[1].source != "plugin record"
+
+
+def test_a_recorded_problem_whose_slopes_are_trained_is_read_back(tmp_path: Path) -> None:
+    from attnreg.tuning import read_problems
+
+    q = torch.randn(1, 2, 8, 16)
+    with attnreg.record(tmp_path / "p.jsonl"):
+        attnreg.attention(AttentionSpec(alibi=True), q, q, q, alibi_slopes=torch.rand(2, requires_grad=True))
+    assert [p.grads for p in read_problems(tmp_path / "p.jsonl")] == [frozenset({"alibi_slopes"})]
