@@ -20,6 +20,7 @@ SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}\Z")
 _BACKEND = re.compile(r"[a-z][a-z0-9_]{0,79}\Z")
 _SLUG = re.compile(r"[a-z0-9-]{1,120}\Z")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?\Z", re.ASCII)
 _NEEDED = ("problem", "backend", "version", "config", "hardware", "software", "date", "origin")
 # Evidence is a record without what all records of one identity share.
 _SHARED = ("schema", "problem", "hardware", "software", "origin", "evidence")
@@ -109,11 +110,11 @@ def _read(data: Mapping[str, Any]) -> Record:
     record = Record(
         problem=Problem.from_json(data["problem"]),
         backend=_backend("backend", data["backend"]),
-        version=_text("version", data["version"]),
+        version=_version("version", data["version"]),
         config=_config("config", data["config"]),
         hardware=hardware,
         software=_software(data["software"]),
-        date=_text("date", data["date"]),
+        date=_date("date", data["date"]),
         origin=origin,
         policy=_policy(data.get("policy", {})),
         times=_quantiles("times", data["times"]) if "times" in data else None,
@@ -171,6 +172,19 @@ def _backend(name: str, value: object) -> str:
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or len(value) > 2000:
         raise _bad(name, "a text", value)
+    return value
+
+
+def _version(name: str, value: object) -> str:
+    text = _text(name, value)
+    if not text.isprintable():  # it is shown in terminals
+        raise _bad(name, "a printable text", value)
+    return text
+
+
+def _date(name: str, value: object) -> str:
+    if not isinstance(value, str) or not _DATE.match(value):
+        raise _bad(name, "UTC as YYYY-MM-DDTHH:MM:SSZ", value)
     return value
 
 
@@ -235,7 +249,10 @@ def _quantiles(name: str, value: object) -> Quantiles:
     values = tuple(_number(f"{name}.values", x, positive=True) for x in _list(f"{name}.values", data["values"]))
     if len(values) != len(LEVELS) or list(values) != sorted(values):
         raise _bad(f"{name}.values", f"{len(LEVELS)} rising times", value)
-    return Quantiles(_count(f"{name}.n", data["n"]), values)
+    count = _count(f"{name}.n", data["n"])
+    if not count:
+        raise _bad(f"{name}.n", "at least one sample", count)
+    return Quantiles(count, values)
 
 
 def _gate(value: object) -> Gate:
@@ -250,7 +267,7 @@ def _rival(name: str, value: object) -> Rival:
         raise _bad(f"{name}.ratio", "[low, estimate, high]", data.get("ratio"))
     return Rival(
         backend=_backend(f"{name}.backend", data["backend"]),
-        version=_text(f"{name}.version", data["version"]),
+        version=_version(f"{name}.version", data["version"]),
         config=_config(f"{name}.config", data["config"]),
         seconds=_number(f"{name}.seconds", data["seconds"], positive=True),
         ratio=ratio,

@@ -24,12 +24,12 @@ class _UnknownUseError(InputError, AttributeError):
 # What a bool tensor answers exactly as a model means it: reading, choosing and joining, and no arithmetic, which a
 # model that expects 0 and -inf would do to ones and zeros.
 METHODS = ("logical_not", "logical_and", "logical_or", "logical_xor", "size", "dim")
-OPERATORS = ("getitem", "and", "rand", "or", "ror", "xor", "rxor", "invert", "eq", "ne")
+OPERATORS = ("and", "rand", "or", "ror", "xor", "rxor", "invert", "eq", "ne")
 FUNCTIONS = frozenset(
     {
         "where", "masked_fill", "masked_fill_", "all", "any", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
         "cat", "concat", "stack", "pad", "eq", "ne", "scaled_dot_product_attention",
-        *METHODS, *(f"__{name}__" for name in OPERATORS),
+        "__getitem__", *METHODS, *(f"__{name}__" for name in OPERATORS),
     }
 )  # fmt: skip
 REFUSED = (
@@ -48,8 +48,8 @@ class StructuredMask:
     query_offset: where query row 0 stands on the keys' time line; an int, or a one-element tensor where a
     static cache keeps it on the device. device: where the bool tensor would lie.
 
-    To a model that works on the mask before its layers do, it is that bool tensor: indexing, `&`, `|`, `^`, `~`,
-    `==` and functions such as torch.where and masked_fill give tensors. Anything else raises InputError.
+    To a model that works on the mask before its layers do, it is that bool tensor: slices of four dimensions, `&`, `|`, `^`,
+    `~`, `==` and functions such as torch.where and masked_fill give tensors. Anything else raises InputError.
     """
 
     mask: Mask
@@ -67,6 +67,13 @@ class StructuredMask:
     def contiguous(self) -> StructuredMask:
         """Itself: generate() asks this of every mask that it makes ahead for a static cache."""
         return self
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A slice; what takes fewer dimensions of a mask goes on to count with it (Longformer asks which are above 0)."""
+        part = self.dense[index.dense if isinstance(index, StructuredMask) else index]
+        if part.ndim != 4:
+            _refuse(f"{part.ndim} dimensions")
+        return part
 
     @property
     def dense(self) -> Tensor:
@@ -106,7 +113,7 @@ def _refuse(what: str) -> NoReturn:
     raise _UnknownUseError(
         "attention_mask",
         f"the model uses {what} of its mask; attnreg hands it a mask expression, which answers as a bool tensor "
-        "for dtype, device, shape, indexing, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and logical_not. Use "
+        "for dtype, device, shape, slices of four dimensions, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and logical_not. Use "
         "attn_implementation='eager' for this model",
     )
 

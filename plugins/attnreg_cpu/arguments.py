@@ -112,6 +112,10 @@ class Arguments:
             slopes = _float_vector(kept, tensors["alibi_slopes"])
             put("alibi", slopes.data_ptr())
             put("alibi_batch", slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0)
+        if tensors.get("score_weight") is not None:
+            weight = _float_vector(kept, tensors["score_weight"])
+            put("weight", weight.data_ptr())
+            put("weight_head", weight.stride(0) if weight.shape[0] > 1 else 0)
         if tensors.get("sinks") is not None:
             put("sinks", _float_vector(kept, tensors["sinks"]).data_ptr())
         for name, value in (more or {}).items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from attnreg import Hardware, Problem, blocks
+from attnreg import Hardware, Problem, blocks, scores
 from attnreg_cpu.tuning_space import has_bfloat_dot, lanes_of
 
 CALL = 8e-6
 # Floating-point operations a second of one core with 16 float32 lanes: 220e9 were measured on a Zen 5 at head_dim 64
 # (its FMA units give 260e9), 110e9 with 8 lanes.
 RATE_A_LANE = 12e9
+TANH = 24.0  # what a channel of the additive score costs, in multiply-adds (0.6 ns a core with 8 lanes)
 BANDWIDTH_A_CORE = 16e9  # two cores read 28 to 50e9 together where that was measured
 
 
@@ -20,7 +21,8 @@ def estimate(problem: Problem, hardware: Hardware, decodes: bool) -> float:
     # Blocks at the edge of the pattern are computed whole.
     pairs = min(live.count + 48 * min(problem.sq, problem.skv), problem.sq * problem.skv)
     width = problem.head_dim + problem.head_dim_v
-    flops = 2 * pairs * problem.batch * problem.q_heads * width
+    a_pair = problem.head_dim * (TANH if isinstance(spec.score, scores.Additive) else 1) + problem.head_dim_v
+    flops = 2 * pairs * problem.batch * problem.q_heads * a_pair
     size = {"float32": 4, "float16": 2, "bfloat16": 2}.get(problem.kv_dtype, 1)
     moved = problem.batch * problem.kv_heads * live.keys * width * size
     rate = RATE_A_LANE * lanes_of(hardware) * hardware.cores

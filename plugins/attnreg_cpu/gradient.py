@@ -1,8 +1,8 @@
-"""The native kernels under autograd: q, k, v, bias and sinks, and the gradient that arrives through lse."""
+"""The native kernels under autograd: gradients of q, k, v and NAMED, also through lse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,8 @@ from attnreg_cpu.variant import Kernel
 if TYPE_CHECKING:
     from attnreg_cpu.prefill import Forward
 
+NAMED = ("bias", "sinks", "score_weight")
+"""Named tensors that have gradients here."""
 LANES = 16  # rows of float32 sums are padded to a multiple of the widest vector
 
 
@@ -27,8 +29,8 @@ class Differentiable:
         self._kernel = kernel
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        rest = {name: x for name, x in tensors.items() if name not in ("bias", "sinks")}
-        out, lse = _Attention.apply(self, rest, q, k, v, tensors.get("bias"), tensors.get("sinks"))  # type: ignore[no-untyped-call]
+        rest = {name: x for name, x in tensors.items() if name not in NAMED}
+        out, lse = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in NAMED))  # type: ignore[no-untyped-call]
         return (out, lse) if self.forward.return_lse else out
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -41,19 +43,21 @@ class Differentiable:
         tensors: Mapping[str, Any],
         results: tuple[Tensor, Tensor],
         upstream: tuple[Tensor, Tensor | None],
-        wanted: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """dq, dk, dv, and the gradients of bias and sinks where wanted, each shaped and typed like its tensor."""
-        bias, sinks = tensors.get("bias"), tensors.get("sinks")
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, and the gradients of NAMED where wanted, each shaped and typed like its tensor."""
+        bias, sinks, weight = (tensors.get(name) for name in NAMED)
         named = {name: x for name, x in tensors.items() if name != "sinks"}
         d_out, d_lse = upstream
-        d_q, d_k, d_v, d_bias = self._gradients(inputs, named, results, d_out, d_lse, wanted[0])
+        d_q, d_k, d_v, d_bias, d_weight = self._gradients(inputs, named, results, d_out, d_lse, wanted)
         if d_bias is not None and bias is not None:
             d_bias = d_bias.sum_to_size(bias.shape).to(bias.dtype)
         d_sinks = None
-        if wanted[1] and sinks is not None:
+        if wanted[NAMED.index("sinks")] and sinks is not None:
             d_sinks = _sink_gradient(sinks, *results, d_out, d_lse, self.forward.layout)
-        return d_q, d_k, d_v, d_bias, d_sinks
+        if d_weight is not None and weight is not None:
+            d_weight = d_weight.sum((0, 1))[:, : weight.shape[1]].sum_to_size(weight.shape).to(weight.dtype)
+        return d_q, d_k, d_v, d_bias, d_sinks, d_weight
 
     def _gradients(
         self,
@@ -62,9 +66,9 @@ class Differentiable:
         results: tuple[Tensor, Tensor],
         d_out: Tensor,
         d_lse: Tensor | None,
-        with_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dq, dk, dv, and the unreduced float32 gradient of the bias [B, Hq, Sq, Skv] if asked."""
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk, dv, and where wanted, as float32 sums, of bias [B, Hq, Sq, Skv] and weight [shares, B, Hq, D]."""
         (q, k, v), (out, lse) = (dense_rows(x) for x in inputs), results
         forward = self.forward
         batch, skv = forward.sizes(q, k, tensors)
@@ -74,9 +78,12 @@ class Differentiable:
         d_q = (q.new_zeros if forward.layout == "thd" else q.new_empty)(q.shape)
         shares = shares_of(batch * kv_heads, thread_count())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
-        d_bias = None
+        d_bias = d_weight = None
         more: dict[str, int] = {"splits": shares}
-        if with_bias:
+        if wanted[NAMED.index("score_weight")]:
+            d_weight = _sums(q.new_empty(batch, lse.shape[-2], q.shape[-1]), shares)
+            more |= {"d_weight": d_weight.data_ptr(), "d_weight_row": d_weight.stride(-2)}
+        if wanted[NAMED.index("bias")]:
             size = (batch, lse.shape[-2], *_bias_size(q, skv, tensors, forward.layout))
             d_bias = lse.new_zeros(size)
             more |= {"d_bias": d_bias.data_ptr(), "d_bias_rows": d_bias.shape[2], "d_bias_keys": d_bias.shape[3]}
@@ -92,7 +99,7 @@ class Differentiable:
             more |= {"d_lse_row": d_lse.stride(-1), "d_lse_head": d_lse.stride(-2)}
             more["d_lse_batch"] = d_lse.stride(0) if layout != "thd" else 0
         forward.launch(self._kernel, (q, k, v), out, lse, tensors, more)
-        return d_q, _finished(d_k, k), _finished(d_v, v), d_bias
+        return d_q, _finished(d_k, k), _finished(d_v, v), d_bias, d_weight
 
 
 def shares_of(units: int, threads: int) -> int:
@@ -115,39 +122,42 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
-        sinks: Tensor | None,
+        *own: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        named = {**tensors, **{n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}}
+        named = {**tensors, **_given(own)}
         out, lse = call.compute(q, k, v, named)
         assert lse is not None
         ctx.call = call
         # Saved, all tensors are watched: one that is overwritten before the backward pass is torch's error.
         ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
         ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
-        ctx.save_for_backward(q, k, v, out, lse, bias, sinks, *(tensors[name] for name in ctx.names))
+        ctx.save_for_backward(q, k, v, out, lse, *own, *(tensors[name] for name in ctx.names))
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, bias, sinks, *saved = ctx.saved_tensors
+        q, k, v, out, lse, *saved = ctx.saved_tensors
         if d_out is None and d_lse is None:
-            return (None,) * 7
+            return (None,) * len(ctx.needs_input_grad)
         if d_out is None:
             d_out = torch.zeros_like(out)
-        named = {**ctx.rest, **dict(zip(ctx.names, saved, strict=True))}
-        named |= {n: x for n, x in (("bias", bias), ("sinks", sinks)) if x is not None}
-        wanted = (bias is not None and ctx.needs_input_grad[5], sinks is not None and ctx.needs_input_grad[6])
+        own, rest = saved[: len(NAMED)], saved[len(NAMED) :]
+        named = {**ctx.rest, **dict(zip(ctx.names, rest, strict=True)), **_given(own)}
+        wanted = ctx.needs_input_grad[-len(NAMED) :]
         found = _Gradients.apply(ctx.call, named, wanted, q, k, v, out, lse, d_out, d_lse)  # type: ignore[no-untyped-call]
         return None, None, *found
+
+
+def _given(own: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {name: x for name, x in zip(NAMED, own, strict=True) if x is not None}
 
 
 class _Gradients(torch.autograd.Function):
     """The backward pass as a function of its own, so that a second derivative meets an error, not a missing edge."""
 
     @staticmethod
-    def forward(ctx: Any, call: Differentiable, named: dict[str, Any], wanted: tuple[bool, bool], *x: Any) -> Any:
+    def forward(ctx: Any, call: Differentiable, named: dict[str, Any], wanted: tuple[bool, ...], *x: Any) -> Any:
         q, k, v, out, lse, d_out, d_lse = x
         return call.backward((q, k, v), named, (out, lse), (d_out, d_lse), wanted)
 

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attnreg import Hardware, Problem, SearchSpace, masks
+from attnreg import Hardware, Problem, SearchSpace, masks, scores
 from attnreg_cpu import build, library_files
 from attnreg_cpu.decode import CACHES, decode_space, decode_supports, is_decode
 from attnreg_cpu.estimate import estimate
+from attnreg_cpu.general import Weighted, dotted
 from attnreg_cpu.prefill import prefill_supports
 from attnreg_cpu.run import run_of
 from attnreg_cpu.tuning_space import every_shape, kernel_space, ready_shapes
@@ -29,6 +30,7 @@ class NativeBackend:
 
     def version_for(self, problem: Problem, hardware: Hardware) -> str:
         """Changes with the sources of the path that serves the problem."""
+        problem = dotted(problem)
         if _decodes(problem, hardware):
             return f"decode-{_digest('decode.cpp')}"
         if problem.needs_grad:
@@ -37,6 +39,7 @@ class NativeBackend:
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason why the problem cannot be computed exactly as said; empty if it can."""
+        problem = dotted(problem)
         reasons = _machine_reasons(problem)
         if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
             reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
@@ -49,16 +52,21 @@ class NativeBackend:
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """The choices of the path that serves the problem."""
+        problem = dotted(problem)
         if _decodes(problem, hardware):
             return decode_space(problem, hardware)
         return kernel_space(problem, hardware)
 
     def estimate(self, problem: Problem, hardware: Hardware) -> float:
         """Seconds of a call, from the live pairs and the bytes that must move."""
+        problem = dotted(problem)
         return estimate(problem, hardware, _decodes(problem, hardware))
 
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
         """Compile (or find) the kernels and return run(q, k, v, **tensors)."""
+        rest = dotted(problem)
+        if rest is not problem:
+            return Weighted(problem, self.prepare(rest, config))
         if problem.traced:
             from attnreg_cpu.traced import Traced
 
@@ -102,8 +110,9 @@ def _lacking_kernels(problem: Problem, hardware: Hardware, decodes: bool) -> lis
         wanted = [(one.source, one.defines()) for shape in shapes for one in variants_of(problem, *shape)]
         ready = bool(ready_shapes(problem, hardware))
         what = f"{'backward' if problem.needs_grad else 'forward'} kernels of {problem.dtype}, head_dim {d} and {d_v}"
-        # `attnreg build` takes one size for q, k and v.
-        how = f"run `attnreg build --head-dims {d} --dtypes {problem.dtype}`" if d == d_v else "make such a call"
+        # `attnreg build` takes one size for q, k and v, and builds products.
+        plain = d == d_v and not isinstance(problem.spec.score, scores.Additive)
+        how = f"run `attnreg build --head-dims {d} --dtypes {problem.dtype}`" if plain else "make such a call"
     if ready:
         return []
     lack = f"{library_files.cache_dir()} holds no {what}"

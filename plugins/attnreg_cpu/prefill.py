@@ -14,7 +14,7 @@ from attnreg_cpu.conjunction import Conjunction, read_conjunction
 from attnreg_cpu.gradient import Differentiable
 from attnreg_cpu.sparse import Layouts, needs_layout
 from attnreg_cpu.tuning_space import PACKS
-from attnreg_cpu.variant import ELEMENTS, Kernel, Variant, check_status
+from attnreg_cpu.variant import ELEMENTS, Kernel, check_status, variant_of
 
 MAX_HEAD_DIM = 1024  # the kernels unroll nothing over it; beyond, a tile would leave the caches
 
@@ -31,10 +31,12 @@ def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | b
     # Scratch memory is as long as a run, and a run holds at least a block of the layout.
     settings["block_kv"] = max(settings["block_kv"], int(config.get("layout_kv", 0)))
     arguments = Arguments(problem, mask, settings)
-    forward = Forward(problem, _variant("forward.cpp", problem, config).kernel("attnreg_forward"), arguments, layouts)
+    shape = int(config["vectors"]), bool(config["pairs"])
+    kernel = variant_of("forward.cpp", problem, *shape).kernel("attnreg_forward")
+    forward = Forward(problem, kernel, arguments, layouts)
     if not problem.needs_grad:
         return forward
-    return Differentiable(forward, _variant("backward.cpp", problem, config).kernel("attnreg_backward"))
+    return Differentiable(forward, variant_of("backward.cpp", problem, *shape).kernel("attnreg_backward"))
 
 
 class Forward:
@@ -93,12 +95,6 @@ class Forward:
         return batch, k.shape[2] if self.layout == "bhsd" else k.shape[-3]
 
 
-def _variant(source: str, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Variant:
-    return Variant(
-        source, problem.head_dim, problem.head_dim_v, problem.dtype, int(config["vectors"]), bool(config["pairs"])
-    )
-
-
 def _heads_first(q: Tensor) -> tuple[int, ...]:
     """Shape of lse for q [B, Sq, Hq, D] or [T, Hq, D]."""
     return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
@@ -112,8 +108,8 @@ def prefill_supports(problem: Problem) -> list[str]:
         reasons.append(f"dtype {problem.dtype}: the native kernels take {', '.join(ELEMENTS)}")
     if problem.kv_dtype != problem.dtype:
         reasons.append(f"k and v of {problem.kv_dtype} beside q of {problem.dtype}: prefill takes one dtype")
-    if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
-        reasons.append(f"score {spec.score!r}: only scaled and plain dot products")
+    if not isinstance(spec.score, (scores.ScaledDot, scores.Dot, scores.Additive)):
+        reasons.append(f"score {spec.score!r}: only scaled and plain dot products and the additive score")
     if spec.dropout_p:
         reasons.append(f"dropout_p={spec.dropout_p}: the native kernels draw no random numbers")
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:

@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from attnreg import Problem, transformable
+from attnreg_cpu.gradient import NAMED as NAMED_GRADS
 from attnreg_cpu.gradient import never
 from attnreg_cpu.run import run_of
 
 __all__ = ["Traced"]
 
 NAMED = (
-    "attn_mask", "bias", "alibi_slopes", "sinks", "prefix_lengths", "global_mask", "document_ids", "kv_lengths",
-    "query_offset", "block_mask", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "q_descale", "k_descale",
-    "v_descale",
+    "attn_mask", "bias", "alibi_slopes", "sinks", "score_weight", "prefix_lengths", "global_mask", "document_ids",
+    "kv_lengths", "query_offset", "block_mask", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "q_descale",
+    "k_descale", "v_descale",
 )  # fmt: skip
 LENGTHS = ("max_seqlen_q", "max_seqlen_k")
 FIELDS = ("q", "k", "v", *NAMED, *LENGTHS)
-WANTED = ("q", "k", "v", "bias", "sinks")
+WANTED = ("q", "k", "v", *NAMED_GRADS)
 """What may need a gradient, in the order in which the backward operator returns it."""
 CALL = ", ".join(
     [*("Tensor " + n for n in "qkv"), *("Tensor? " + n for n in NAMED), *("SymInt? " + n for n in LENGTHS)]
@@ -37,8 +38,8 @@ CALL = ", ".join(
 _library: Any = torch.library.Library("attnreg_cpu", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
 _library.define(f"forward({CALL}, str problem, str config) -> (Tensor, Tensor)")
 _library.define(
-    f"backward({CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str problem, str config, bool[5] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward({CALL}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str problem, str config, bool[6] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

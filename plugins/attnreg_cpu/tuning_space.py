@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnreg import Hardware, Problem, SearchSpace
+from attnreg import Hardware, Problem, SearchSpace, scores
 from attnreg_cpu import build
 from attnreg_cpu.sparse import needs_layout
 from attnreg_cpu.variant import ELEMENTS, variants_of
@@ -39,7 +39,8 @@ def pairs_of(dtype: str, hardware: Hardware) -> list[bool]:
 
 def every_shape(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
     """(vectors, pairs) of all micro-kernels that could compute the problem."""
-    return [(n, pairs) for pairs in pairs_of(problem.dtype, hardware) for n in VECTORS]
+    sums = isinstance(problem.spec.score, scores.Additive)  # no product to take pairs
+    return [(n, pairs) for pairs in ([False] if sums else pairs_of(problem.dtype, hardware)) for n in VECTORS]
 
 
 def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:

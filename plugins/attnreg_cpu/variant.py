@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnreg import Problem, errors
+from attnreg import Problem, errors, scores
 from attnreg_cpu import build, params
 
 ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
@@ -19,7 +19,7 @@ class Variant:
     """One compiled kernel.
 
     source: its file in csrc. dtype: of q, k, v. vectors: registers of query rows in a tile. pairs: bfloat16
-    products by the CPU's dot instruction, where it has one.
+    products by the CPU's dot instruction, where it has one. additive: Bahdanau's score instead of a product.
     """
 
     source: str
@@ -28,6 +28,7 @@ class Variant:
     dtype: str
     vectors: int
     pairs: bool = False
+    additive: bool = False
 
     def defines(self) -> dict[str, int | str]:
         """The macros that the source is compiled with."""
@@ -37,6 +38,7 @@ class Variant:
             "ATTNREG_ELEMENT": ELEMENTS[self.dtype],
             "ATTNREG_PAIRS": int(self.pairs),
             "ATTNREG_VECTORS": self.vectors,
+            "ATTNREG_ADDITIVE": int(self.additive),
         }
 
     def is_ready(self) -> bool:
@@ -55,7 +57,13 @@ class Variant:
 def variants_of(problem: Problem, vectors: int, pairs: bool) -> list[Variant]:
     """The kernels that a prefill problem needs under this shape of the micro-kernel."""
     sources = ("forward.cpp", "backward.cpp") if problem.needs_grad else ("forward.cpp",)
-    return [Variant(s, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, pairs) for s in sources]
+    return [variant_of(source, problem, vectors, pairs) for source in sources]
+
+
+def variant_of(source: str, problem: Problem, vectors: int, pairs: bool) -> Variant:
+    """The kernel in `source` for a prefill problem under this shape of the micro-kernel."""
+    additive = isinstance(problem.spec.score, scores.Additive)
+    return Variant(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, pairs, additive)
 
 
 @functools.cache

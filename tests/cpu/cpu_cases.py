@@ -73,6 +73,11 @@ def _spec(**fields: Any) -> AttentionSpec:
     return AttentionSpec(return_lse=True, **fields)
 
 
+def _weight(*shape: int) -> Make:
+    """Of a general or additive score, with logits of a few units."""
+    return lambda g: {"score_weight": torch.randn(*shape, generator=g) * shape[-1] ** -0.5}
+
+
 def _mask(*shape: int, keep: float = 0.6) -> Callable[[torch.Generator], Tensor]:
     return lambda g: torch.rand(*shape, generator=g) < keep
 
@@ -145,6 +150,16 @@ CASES = [
     ),
     Case("softcap", _spec(mask=CAUSAL, softcap=2.5), scale_q=4.0),
     Case("dot", _spec(score=scores.Dot()), dim=16, dim_v=16),
+    Case("additive", _spec(mask=CAUSAL, score=scores.Additive()), make=_weight(4, 64)),
+    Case(
+        "additive_shared",
+        _spec(score=scores.Additive(), softcap=2.0, layout="bshd"),
+        dim=33,
+        dim_v=7,
+        make=_weight(1, 33),
+    ),
+    Case("general", _spec(mask=CAUSAL, score=scores.General()), dim=24, dim_v=24, make=_weight(4, 24, 24)),
+    Case("general_shared", _spec(score=scores.General(), layout="bshd"), dim=40, dim_v=40, make=_weight(1, 40, 40)),
     Case("negative_scale", _spec(mask=CAUSAL, score=scores.ScaledDot(-0.3))),
     Case("zero_scale", _spec(score=scores.ScaledDot(0.0))),
     Case("large_logits", _spec(mask=CAUSAL), scale_q=60.0),
@@ -209,6 +224,25 @@ CASES = [
         "thd_union",
         _spec(mask=masks.SlidingWindow(8) | masks.Dilated(90, 5), layout="thd"),
         lengths=((70, 70), (0, 5), (90, 130)),
+    ),
+    Case(
+        "thd_additive",
+        _spec(mask=CAUSAL, score=scores.Additive(), layout="thd"),
+        lengths=((70, 70), (0, 5), (90, 130)),
+        make=_weight(4, 64),
+    ),
+    Case(
+        "thd_general",
+        _spec(mask=CAUSAL, score=scores.General(), layout="thd"),
+        lengths=((70, 70), (0, 5), (90, 130)),
+        make=_weight(4, 64, 64),
+    ),
+    Case(
+        "additive_longformer",
+        _spec(mask=masks.longformer(20, (0, 77)), score=scores.Additive()),
+        make=_weight(4, 64),
+        sq=130,
+        skv=130,
     ),
     Case(
         "thd_bigbird",

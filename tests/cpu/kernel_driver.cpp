@@ -21,7 +21,7 @@ constexpr int DIM_K = 40, DIM_V = 24;  // multiples of no vector's length
 struct Setting {
     const char* name;
     int64_t q_heads, kv_heads, rows, keys;
-    bool causal = false, bias = false, alibi = false, sinks = false, mask = false, documents = false, paged = false, layout = false;
+    bool causal = false, bias = false, alibi = false, sinks = false, mask = false, documents = false, paged = false, layout = false, additive = false;
     int64_t left = -1, right = -1;
     double softcap = 0;
     int64_t threads = 1, tiles = 2, block = 64, pack = 0;
@@ -38,7 +38,7 @@ std::vector<T> tensor(size_t count, float scale = 1.0f) {
 }
 
 struct Exact {
-    std::vector<double> out, lse, d_q, d_k, d_v;
+    std::vector<double> out, lse, d_q, d_k, d_v, d_weight;
 };
 
 // One batch. logit(h, i, j) and its derivative by the raw product; allowed(h, i, j).
@@ -51,21 +51,26 @@ struct Definition {
 
 template <class T>
 Exact exact(const Setting& s, const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v, const std::vector<T>& d_out,
-            double scale, const Definition& by) {
+            const std::vector<float>& additive, double scale, const Definition& by) {
     Exact e;
     e.out.resize(s.q_heads * s.rows * DIM_V);
     e.lse.resize(s.q_heads * s.rows);
     e.d_q.resize(q.size());
     e.d_k.resize(k.size());
     e.d_v.resize(v.size());
+    e.d_weight.resize(s.q_heads * DIM_K);
     for (int64_t h = 0; h < s.q_heads; ++h) {
         const int64_t g = h / (s.q_heads / s.kv_heads);
         for (int64_t i = 0; i < s.rows; ++i) {
             const int64_t r = h * s.rows + i;
             std::vector<double> raw(s.keys), weight(s.keys, 0.0);
             double top = by.sink(h);
+            const auto query = [&](int d) { return double(widen(q[r * DIM_K + d])); };
+            const auto key = [&](int64_t j, int d) { return double(widen(k[(g * s.keys + j) * DIM_K + d])); };
+            const auto bent = [&](int64_t j, int d) { return std::tanh(query(d) + key(j, d)); };
+            const auto weight_of = [&](int d) { return double(additive[h * DIM_K + d]); };
             for (int64_t j = 0; j < s.keys; ++j) {
-                for (int d = 0; d < DIM_K; ++d) raw[j] += double(widen(q[r * DIM_K + d])) * widen(k[(g * s.keys + j) * DIM_K + d]);
+                for (int d = 0; d < DIM_K; ++d) raw[j] += s.additive ? weight_of(d) * bent(j, d) : query(d) * key(j, d);
                 raw[j] *= scale;
                 if (by.allowed(h, i, j)) top = std::max(top, by.logit(raw[j], h, i, j));
             }
@@ -89,8 +94,10 @@ Exact exact(const Setting& s, const std::vector<T>& q, const std::vector<T>& k, 
             for (int64_t j = 0; j < s.keys; ++j) {
                 const double d_raw = weight[j] * (d_weight[j] - dot) * by.slope(raw[j]) * scale;
                 for (int d = 0; d < DIM_K; ++d) {
-                    e.d_q[r * DIM_K + d] += d_raw * widen(k[(g * s.keys + j) * DIM_K + d]);
-                    e.d_k[(g * s.keys + j) * DIM_K + d] += d_raw * widen(q[r * DIM_K + d]);
+                    const double t = bent(j, d), same = weight_of(d) * (1 - t * t);
+                    e.d_q[r * DIM_K + d] += d_raw * (s.additive ? same : key(j, d));
+                    e.d_k[(g * s.keys + j) * DIM_K + d] += d_raw * (s.additive ? same : query(d));
+                    e.d_weight[h * DIM_K + d] += d_raw * t;
                 }
             }
         }
@@ -156,11 +163,12 @@ std::vector<float> unpadded(const std::vector<float>& sums, int64_t rows, int64_
     return out;
 }
 
-template <class T, class Operand, int VECTORS>
+template <class T, class Operand, int VECTORS, bool ADDITIVE = false>
 int check(const Setting& s, double bound) {
     const auto q = tensor<T>(s.q_heads * s.rows * DIM_K), k = tensor<T>(s.kv_heads * s.keys * DIM_K),
                v = tensor<T>(s.kv_heads * s.keys * DIM_V), d_out = tensor<T>(s.q_heads * s.rows * DIM_V);
-    const auto bias = tensor<float>(s.q_heads * s.rows * s.keys), slopes = tensor<float>(s.q_heads, 0.1f), sinks = tensor<float>(s.q_heads);
+    const auto bias = tensor<float>(s.q_heads * s.rows * s.keys), slopes = tensor<float>(s.q_heads, 0.1f), sinks = tensor<float>(s.q_heads),
+               weight = tensor<float>(s.q_heads * DIM_K);
     std::vector<uint8_t> mask(s.rows * s.keys);
     std::vector<int32_t> ids(s.keys);
     for (uint8_t& m : mask) m = random_bits() % 3 != 0;
@@ -179,6 +187,7 @@ int check(const Setting& s, double bound) {
     if (s.bias) p.bias = bias.data(), p.bias_head = s.rows * s.keys, p.bias_row = s.keys, p.bias_key = 1;
     if (s.alibi) p.alibi = slopes.data();
     if (s.sinks) p.sinks = sinks.data();
+    if (s.additive) p.weight = weight.data(), p.weight_head = DIM_K;
     if (s.mask) p.mask = mask.data(), p.mask_row = s.keys, p.mask_key = 1;
     if (s.documents) p.documents = ids.data(), p.document_row = 1, p.document_width = 4;
 
@@ -224,23 +233,26 @@ int check(const Setting& s, double bound) {
     };
     by.slope = [&](double x) { return s.softcap > 0 ? 1 - std::pow(std::tanh(x / s.softcap), 2) : 1.0; };
     by.sink = [&](int64_t h) { return s.sinks ? double(sinks[h]) : -INFINITY; };
-    const Exact e = exact<T>(s, q, k, v, d_out, p.scale, by);
+    const Exact e = exact<T>(s, q, k, v, d_out, weight, p.scale, by);
 
-    int failures = Forward<T, Operand, DIM_K, DIM_V, VECTORS>(p).run() != 0;
+    int failures = Forward<T, Operand, DIM_K, DIM_V, VECTORS, ADDITIVE>(p).run() != 0;
     failures += compare("out", s, out, e.out, bound) + compare("lse", s, lse, e.lse, 1e-5);
     if (s.paged) return failures;
 
     constexpr int64_t padded_k = (DIM_K + 15) / 16 * 16, padded_v = (DIM_V + 15) / 16 * 16;
     std::vector<T> d_q(q.size());
     const int64_t keys = s.kv_heads * s.keys;
-    std::vector<float> d_k(2 * keys * padded_k), d_v(2 * keys * padded_v);
+    std::vector<float> d_k(2 * keys * padded_k), d_v(2 * keys * padded_v), d_weight(2 * s.q_heads * DIM_K);
+    if (s.additive) p.d_weight = d_weight.data(), p.d_weight_row = DIM_K;
     p.d_out = d_out.data(), p.d_q = d_q.data(), p.d_k = d_k.data(), p.d_v = d_v.data();
     p.d_out_head = s.rows * DIM_V, p.d_out_row = DIM_V, p.d_q_head = s.rows * DIM_K, p.d_q_row = DIM_K;
     p.d_k_share = keys * padded_k, p.d_k_head = s.keys * padded_k, p.d_k_row = padded_k;
     p.d_v_share = keys * padded_v, p.d_v_head = s.keys * padded_v, p.d_v_row = padded_v;
-    failures += Backward<T, Operand, DIM_K, DIM_V, VECTORS>(p).run() != 0;
+    failures += Backward<T, Operand, DIM_K, DIM_V, VECTORS, ADDITIVE>(p).run() != 0;
     for (size_t i = 0; i < d_k.size() / 2; ++i) d_k[i] += d_k[i + d_k.size() / 2];
     for (size_t i = 0; i < d_v.size() / 2; ++i) d_v[i] += d_v[i + d_v.size() / 2];
+    for (int64_t i = 0; i < s.q_heads * DIM_K; ++i) d_weight[i] += d_weight[i + s.q_heads * DIM_K];
+    if (s.additive) failures += compare("d_w", s, d_weight, e.d_weight, 20 * bound);
     failures += compare("d_q", s, d_q, e.d_q, 4 * bound);
     failures += compare("d_k", s, unpadded(d_k, keys, DIM_K, padded_k), e.d_k, 20 * bound);
     return failures + compare("d_v", s, unpadded(d_v, keys, DIM_V, padded_v), e.d_v, 20 * bound);
@@ -258,7 +270,7 @@ void run_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
 
 int main() {
     parallel_entry() = run_threads;
-    std::vector<Setting> settings(14, Setting{"", 4, 2, 67, 131});
+    std::vector<Setting> settings(16, Setting{"", 4, 2, 67, 131});
     settings[0].name = "full";
     settings[1].name = "causal", settings[1].causal = true, settings[1].threads = 3;
     settings[2] = {"one query", 6, 1, 1, 33};
@@ -273,8 +285,14 @@ int main() {
     settings[11].name = "packed causal", settings[11].causal = true, settings[11].pack = 1, settings[11].block = 32, settings[11].threads = 2;
     settings[12].name = "layout", settings[12].layout = settings[12].alibi = true, settings[12].threads = 2;
     settings[13] = {"layout, many heads", 100, 1, 50, 90}, settings[13].layout = true;
+    settings[14].name = "additive", settings[14].additive = settings[14].causal = true, settings[14].threads = 2;
+    settings[15].name = "additive layout", settings[15].additive = settings[15].layout = true, settings[15].softcap = 2;
     int failures = 0;
     for (const Setting& s : settings) {
+        if (s.additive) {
+            failures += check<float, Single, 3, true>(s, 2e-6) + check<bfloat_t, Single, 2, true>(s, 1.6e-2);
+            continue;
+        }
         failures += check<float, Single, 3>(s, 2e-6);
         failures += check<half_t, Single, 2>(s, 2e-3);
         failures += check<bfloat_t, Single, 1>(s, 1.6e-2);

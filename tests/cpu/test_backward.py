@@ -21,10 +21,8 @@ UNPAGED = [case for case in CASES if not case.pages]
 
 def compare(case: Case, dtype: torch.dtype, *, through_lse: bool, **config: Any) -> None:
     q, k, v, named = case.draw(dtype)
-    for name in ("bias", "sinks"):
-        if name in named:
-            named[name].requires_grad_()
-    leaves = [x.requires_grad_() for x in (q, k, v)] + [named[n] for n in ("bias", "sinks") if n in named]
+    trained = [named[n].requires_grad_() for n in ("bias", "sinks", "score_weight") if n in named]
+    leaves = [x.requires_grad_() for x in (q, k, v)] + trained
     out, lse = prepare(case, q, k, v, named, **config)(q, k, v, **named)
     g = torch.Generator().manual_seed(9)
     d_out = torch.randn(out.shape, generator=g).to(dtype)

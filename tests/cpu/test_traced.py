@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attnreg
-from attnreg import AttentionSpec, masks, sparsity
+from attnreg import AttentionSpec, masks, scores, sparsity
 
 B, H, HKV, SQ, SKV, D = 2, 4, 2, 70, 90, 24
 CAUSAL = masks.Causal()
@@ -22,6 +22,14 @@ CASES: dict[str, tuple[AttentionSpec, dict[str, Tensor]]] = {
     "bshd_padding": (
         AttentionSpec(mask=CAUSAL & masks.Padding(), layout="bshd", align="top_left"),
         {"kv_lengths": torch.tensor([SKV, 60])},
+    ),
+    "additive": (
+        AttentionSpec(mask=CAUSAL, score=scores.Additive(), return_lse=True),
+        {"score_weight": torch.linspace(-1, 1, H * D).view(H, D)},
+    ),
+    "general": (
+        AttentionSpec(mask=CAUSAL, score=scores.General(), layout="bshd"),
+        {"score_weight": torch.linspace(-0.3, 0.3, D * D).view(1, D, D)},
     ),
     "bigbird": (AttentionSpec(sparsity=sparsity.BigBird(16)), {}),
     "not_causal_dense": (

@@ -100,6 +100,11 @@ def doge() -> nn.Module:
     return transformers.DogeForCausalLM(transformers.DogeConfig(**TINY, num_key_value_heads=2))
 
 
+def longformer() -> nn.Module:
+    config = transformers.LongformerConfig(**TINY | {"pad_token_id": 0}, attention_window=6)
+    return transformers.LongformerModel._from_config(config, attn_implementation="attnreg")
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama, "mistral": mistral, "gemma2": gemma2, "gpt_oss": gpt_oss, "bert": bert, "t5": t5,
     "gemma4": gemma4, "doge": doge,
@@ -431,3 +436,10 @@ def test_a_compiled_layer_without_a_mask_takes_what_it_is_told(specs: list[Atten
         got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(got, layer(x))
         assert {spec.mask for spec in specs} == {mask}
+
+
+def test_a_model_that_counts_with_its_mask_is_refused() -> None:
+    """Longformer takes two dimensions off the mask and asks what is above and below 0, which a bool answers wrongly."""
+    ids = tokens(2, 18)
+    with pytest.raises(errors.InputError, match="attention_mask: the model uses 2 dimensions of its mask"):
+        longformer()(input_ids=ids, attention_mask=padding("right", 2, 18))

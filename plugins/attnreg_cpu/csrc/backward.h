@@ -5,13 +5,14 @@
 #pragma once
 #include <cmath>
 
+#include "additive.h"
 #include "layout.h"
 #include "micro.h"
 #include "source.h"
 
 namespace attnreg {
 
-template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
+template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS, bool ADDITIVE>
 class Backward {
   public:
     explicit Backward(const Params& p)
@@ -45,6 +46,7 @@ class Backward {
         Tile<Operand> tile;   // `output` holds dq
         Operand* d_out;       // [operands of a row][lanes]
         Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
+        float *d_query, *d_weight;  // additive score: [channels][lanes]
         float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp, near: in base 2 with what its rounding left; dout . out - dlse
         int32_t* far;                     // [lanes] all ones where the log-sum-exp is beyond FAR, else 0
         bool any_far;
@@ -82,7 +84,9 @@ class Backward {
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
         b.softcap_slope = p_.softcap > 0 ? carver.take<float>(block * FULL) : nullptr;
         for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) {
-            place_tile<VECTORS, OPERANDS_K, HEAD_K>(carver, tiles[t].tile);
+            place_tile<VECTORS, OPERANDS_K, HEAD_K>(carver, tiles[t].tile, ADDITIVE);
+            tiles[t].d_query = carver.take<float>(ADDITIVE ? HEAD_K * FULL : 0);
+            tiles[t].d_weight = carver.take<float>(ADDITIVE ? HEAD_K * FULL : 0);
             tiles[t].d_out = carver.take<Operand>(OPERANDS_V * FULL);
             tiles[t].query_rows = carver.take<Operand>(FULL * PADDED_K);
             tiles[t].d_out_rows = carver.take<Operand>(FULL * PADDED_V);
@@ -117,6 +121,7 @@ class Backward {
             // Shares have memory of their own, one after the other; each is laid out like k.
             d_keys_ = gradient_rows(p_.d_k, share, p_.d_k_share, p_.d_k_batch, p_.d_k_head, p_.d_k_row, kv_head);
             d_values_ = gradient_rows(p_.d_v, share, p_.d_v_share, p_.d_v_batch, p_.d_v_head, p_.d_v_row, kv_head);
+            if (p_.d_weight) d_weight_ = p_.d_weight + (share * p_.batch + s_.batch) * p_.q_heads * p_.d_weight_row;
             const int64_t heads = p_.q_heads / p_.kv_heads;
             rows_.group = f_.group_;
             for (rows_.head = kv_head * heads; rows_.head < (kv_head + 1) * heads; rows_.head += f_.group_) {
@@ -143,7 +148,7 @@ class Backward {
             } else {
                 differentiate_interval();
             }
-            for (int64_t n = 0; n < tile_count_; ++n) finish(tiles_[n].tile);
+            for (int64_t n = 0; n < tile_count_; ++n) finish(tiles_[n]);
         }
 
         void differentiate_interval() {
@@ -183,7 +188,13 @@ class Backward {
             }
             pack_lanes<HEAD_K>(queries, t.count, t.lanes(), t.query);
             pack_lanes<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out);
-            pack_rows<HEAD_K>(queries, t.count, t.lanes(), g.query_rows);
+            if constexpr (ADDITIVE) {
+                load_weights<HEAD_K>(p_, t);
+                std::fill(g.d_query, g.d_query + HEAD_K * t.lanes(), 0.0f);
+                std::fill(g.d_weight, g.d_weight + HEAD_K * t.lanes(), 0.0f);
+            } else {
+                pack_rows<HEAD_K>(queries, t.count, t.lanes(), g.query_rows);
+            }
             pack_rows<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out_rows);
             t.summed = false;
             g.any_far = false;
@@ -268,7 +279,11 @@ class Backward {
             if (run.bits >= 0) modifiers.bits = b_.bits;
             // Buffers end MOST_ROWS past the longest run, so a short run's extra rows are stale but there.
             const int64_t computed = std::max<int64_t>(run.count, least_keys(NV));
-            multiply_scores<NV, NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+            if constexpr (ADDITIVE) {
+                add_scores<NV, NV, HEAD_K>(run.count, run.keys, run.key_stride, t.query, t.weight, b_.scores, b_.peak);
+            } else {
+                multiply_scores<NV, NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+            }
             multiply_scores<NV, NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, b_.peak);
             float scale = float(p_.scale);
             if (!modifiers.plain()) {
@@ -288,8 +303,14 @@ class Backward {
             const Operands ready = operands<NV>(run.count);
             constexpr int depth = int(lanes) / Operand::WIDTH;
             accumulate_rows<PADDED_V, depth>(run.count, ready.weights, g.d_out_rows, d_values_ + run.first * p_.d_v_row, p_.d_v_row);
-            accumulate_rows<PADDED_K, depth>(run.count, ready.d_rows, g.query_rows, d_keys_ + run.first * p_.d_k_row, p_.d_k_row);
-            sum_values<NV, HEAD_K>(t, run.first, run.count, run.key_rows, ready.d_keys, b_.ones);
+            float* d_keys = d_keys_ + run.first * p_.d_k_row;
+            if constexpr (ADDITIVE) {
+                differentiate_added<NV, HEAD_K>(run.count, run.keys, run.key_stride, t.query, t.weight, b_.d_scores, g.d_query,
+                                                g.d_weight, d_keys, p_.d_k_row);
+            } else {
+                accumulate_rows<PADDED_K, depth>(run.count, ready.d_rows, g.query_rows, d_keys, p_.d_k_row);
+                sum_values<NV, HEAD_K>(t, run.first, run.count, run.key_rows, ready.d_keys, b_.ones);
+            }
         }
 
         // Weights and d_scores as the three products take them.
@@ -366,11 +387,24 @@ class Backward {
             }
         }
 
-        void finish(Tile<Operand>& t) {
+        void finish(GradientTile& g) {
+            Tile<Operand>& t = g.tile;
+            if constexpr (ADDITIVE) return finish_added(g);
             t.settle(PADDED_K);
             for (int64_t i = 0; i < t.count; ++i) {
                 T* d_q = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t, i);
                 narrow_row<HEAD_K>(t.output + i * PADDED_K, 1.0f, d_q);
+            }
+        }
+
+        void finish_added(const GradientTile& g) {
+            const Tile<Operand>& t = g.tile;
+            for (int64_t i = 0; i < t.count; ++i) {
+                T* d_q = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t, i);
+                for (int64_t d = 0; d < HEAD_K; ++d) narrow(d_q + d, g.d_query[d * t.lanes() + i]);
+                if (!p_.d_weight) continue;
+                float* d_weight = d_weight_ + t.head_of[i] * p_.d_weight_row;
+                for (int64_t d = 0; d < HEAD_K; ++d) d_weight[d] += g.d_weight[d * t.lanes() + i];
             }
         }
 
@@ -382,7 +416,7 @@ class Backward {
         Sequence s_{};
         ItemRows rows_{};
         RowSource<T> keys_{}, values_{};
-        float *d_keys_ = nullptr, *d_values_ = nullptr;
+        float *d_keys_ = nullptr, *d_values_ = nullptr, *d_weight_ = nullptr;
     };
 
     const Params& p_;

@@ -5,13 +5,14 @@
 #pragma once
 #include <cmath>
 
+#include "additive.h"
 #include "layout.h"
 #include "micro.h"
 #include "source.h"
 
 namespace attnreg {
 
-template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS>
+template <class T, class Operand, int HEAD_K, int HEAD_V, int VECTORS, bool ADDITIVE>
 class Forward {
   public:
     explicit Forward(const Params& p) : p_(p), documents_(p) {
@@ -102,7 +103,7 @@ class Forward {
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
-        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t]);
+        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t], ADDITIVE);
     }
 
     // A run of keys ready for the products.
@@ -169,6 +170,7 @@ class Forward {
                     pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, t, i, p_.cu_q != nullptr);
                 }
                 pack_lanes<HEAD_K>(pointers, t.count, t.lanes(), t.query);
+                if constexpr (ADDITIVE) load_weights<HEAD_K>(p_, t);
                 t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
                     const float sink = p_.sinks ? p_.sinks[t.head_of[i]] : -INFINITY_F;
@@ -253,9 +255,14 @@ class Forward {
         // at least; those past the run exist (the keys go on, or were padded) and are not used.
         template <int NV, int V = 0>
         void score(const Run& run, const Tile<Operand>& t, int64_t first, int64_t count, float* peak) {
-            multiply_scores<NV - V, NV, OPERANDS_K>(std::max<int64_t>(count, least_keys(NV - V)), run.keys + first * run.key_stride,
-                                                    run.key_stride, t.query + V * LANES, b_.scores + (first * NV + V) * LANES,
-                                                    peak + V * LANES);
+            const Operand *keys = run.keys + first * run.key_stride, *query = t.query + V * LANES;
+            float* scores = b_.scores + (first * NV + V) * LANES;
+            if constexpr (ADDITIVE) {
+                add_scores<NV - V, NV, HEAD_K>(count, keys, run.key_stride, query, t.weight + V * LANES, scores, peak + V * LANES);
+            } else {
+                const int64_t enough = std::max<int64_t>(count, least_keys(NV - V));
+                multiply_scores<NV - V, NV, OPERANDS_K>(enough, keys, run.key_stride, query, scores, peak + V * LANES);
+            }
         }
 
         // The same from `first` to the end of the run, where vectors whose rows attend no later key drop out.

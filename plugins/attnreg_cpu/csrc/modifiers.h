@@ -4,12 +4,10 @@
 
 namespace attnreg {
 
-constexpr int64_t MOST_LANES = 4 * LANES;
-
 template <class B, class Operand>
 void gather_pairs(const B* base, int64_t batch, int64_t head, int64_t row, int64_t key, const Sequence& s, const Tile<Operand>& t,
                   int64_t first, int64_t count, float* out) {
-    const B* pointers[MOST_LANES];
+    const B* pointers[MAX_LANES];
     lane_rows(base, batch, head, row, s, t, pointers);
     gather_lanes(pointers, t.lanes(), first, count, key, out);
 }

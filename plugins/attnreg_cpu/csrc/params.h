@@ -38,6 +38,8 @@ struct Params {
     int64_t mask_batch, mask_head, mask_row, mask_key;
     const float *alibi, *sinks;  // [B or 1, Hq], [Hq]
     int64_t alibi_batch;
+    const float* weight;  // [Hq or 1, D] of the additive score
+    int64_t weight_head;
 
     // Block layout (null: none), as attnreg.blocks.BlockLayout describes it; the mask fields above are then off.
     const int32_t *layout_row_ptr, *layout_row_split, *layout_columns, *layout_tiles, *layout_bits;
@@ -52,12 +54,14 @@ struct Params {
     const float* d_lse;
     void *d_q, *d_k, *d_v;
     float* d_bias;
+    float* d_weight;  // [share, B, Hq, d_weight_row], like d_k and d_v sums that begin at zero
     int64_t d_out_batch, d_out_head, d_out_row;
     int64_t d_lse_batch, d_lse_head, d_lse_row;
     int64_t d_q_batch, d_q_head, d_q_row;
     int64_t d_k_share, d_k_batch, d_k_head, d_k_row;
     int64_t d_v_share, d_v_batch, d_v_head, d_v_row;
     int64_t d_bias_rows, d_bias_keys;
+    int64_t d_weight_row;
 };
 
 inline int64_t read_integer(const void* base, int64_t index, int64_t wide) {

@@ -8,6 +8,7 @@
 namespace attnreg {
 
 constexpr int64_t MAX_TILES = 32;
+constexpr int64_t MAX_LANES = 4 * LANES;  // of a tile
 constexpr int64_t MOST_ROWS = 16;  // of the micro-kernel: padding of packed keys
 
 // One tile: `count` rows from `row` on, in `vectors` * LANES lanes.
@@ -17,6 +18,7 @@ struct Tile {
     int vectors;
     TileKeys keys;
     Operand* query;    // [operands of a row][lanes]
+    float* weight;     // [channels][lanes], of the additive score
     float* output;     // [row][channels, in whole registers]
     bool summed;       // is there anything in the output?
     float *top, *sum;  // [lanes] maximum and sum of weights
@@ -62,9 +64,10 @@ int64_t cut_tiles(const ItemRows& rows, Tile<Operand>* tiles) {
 }
 
 template <int VECTORS, int OPERANDS, int CHANNELS, class Operand>
-void place_tile(Carver& carver, Tile<Operand>& t) {
+void place_tile(Carver& carver, Tile<Operand>& t, bool additive) {
     constexpr int64_t lanes = int64_t(VECTORS) * LANES;
     t.query = carver.take<Operand>(OPERANDS * lanes);
+    t.weight = carver.take<float>(additive ? OPERANDS * lanes : 0);
     t.output = carver.take<float>(lanes * whole_registers(CHANNELS));
     t.top = carver.take<float>(lanes);
     t.sum = carver.take<float>(lanes);
@@ -90,6 +93,14 @@ void describe_tile(const Params& p, const Sequence& s, const Documents& document
         if (lane + 1 < t.count && ++member == rows.group) ++row, member = 0;
     }
     t.keys = fill_intervals(p, s, documents, t.row_of, t.count, t.lanes(), t.first, t.last);
+}
+
+// The additive score's weights of each lane's head.
+template <int CHANNELS, class Operand>
+void load_weights(const Params& p, Tile<Operand>& t) {
+    const float* rows[MAX_LANES];
+    for (int64_t lane = 0; lane < t.lanes(); ++lane) rows[lane] = p.weight + t.head_of[lane] * p.weight_head;
+    pack_lanes<CHANNELS>(rows, t.lanes(), t.lanes(), reinterpret_cast<Single*>(t.weight));
 }
 
 // What each group of the tile's rows attends of the run first .. first + count - 1, by bounds alone, in operands of WIDTH keys.
