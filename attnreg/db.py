@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from attnreg import registry
-from attnreg.errors import RecordError
+from attnreg.backend import error_text
+from attnreg.errors import PluginError, RecordError
 from attnreg.evidence import combine
 from attnreg.hardware import Hardware
 from attnreg.records import Gate, Record
 from attnreg.records_json import line
+from attnreg.registry import reasons_of, space_of
 from attnreg.store_files import Broken, file_of, files, read, rewrite
 
 __all__ = [
     "Difference",
     "Merged",
+    "OtherThreads",
     "Removed",
     "check",
     "diff",
@@ -58,6 +61,11 @@ class Removed:
     why: str
 
 
+@dataclass(frozen=True)
+class OtherThreads(Broken):
+    """A record with nothing wrong but that this process has other threads than it was measured with."""
+
+
 def load(path: str | Path) -> tuple[list[Record], list[Broken]]:
     """The records of a database file, of a machine class's folder, or of a whole database.
 
@@ -77,7 +85,16 @@ def stale(record: Record, hardware: Hardware) -> tuple[str, ...]:
     Today's are the versions that are loaded, and on a CPU the threads that torch has in this process.
     """
     threads = torch.get_num_threads() if hardware.kind == "cpu" else None
-    return record.stale(hardware, registry.current().versions(record.problem.bucket(), hardware), threads)
+    return record.stale(hardware, _versions(record, hardware), threads)
+
+
+def _outdated(record: Record, hardware: Hardware) -> tuple[str, ...]:
+    """What makes the record stale in any process here: all but the threads, which are of the one that asks."""
+    return record.stale(hardware, _versions(record, hardware))
+
+
+def _versions(record: Record, hardware: Hardware) -> dict[str, str]:
+    return registry.current().versions(record.problem.bucket(), hardware)
 
 
 def diff(left: Iterable[Record], right: Iterable[Record]) -> list[Difference]:
@@ -148,6 +165,8 @@ def _combine_into(root: Path, path: Path, records: Sequence[Record]) -> list[tup
 def check(path: str | Path, hardware: Hardware | None = None) -> list[Broken]:
     """Everything wrong with a database: broken lines, misplaced or doubled records, records that would not be used.
 
+    A record that only its number of threads keeps from use is named too, as OtherThreads, and is sound.
+
     hardware: what to judge staleness and spaces on; records of other machine classes are only read.
     """
     records, out = load(path)
@@ -159,7 +178,10 @@ def check(path: str | Path, hardware: Hardware | None = None) -> list[Broken]:
             out.append(Broken(where, "another line has the same identity; `attnreg db merge` combines them"))
         seen[record.identity] = record
         if hardware is not None and record.slug == hardware.slug:
-            out += [Broken(where, why) for why in _unusable(record, hardware)]
+            wrong = _unusable(record, hardware)
+            kind = Broken if wrong else OtherThreads
+            out += [Broken(where, why) for why in wrong]
+            out += [kind(where, why) for why in _of_other_threads(record, hardware)]
     for file in [p for folder in _folders(root) for p in files(folder)]:
         for record in read(file).records:
             if file.parent.name != record.slug:
@@ -198,14 +220,13 @@ def prune(
     path = Path(path)
     if not path.exists():
         raise RecordError(f"{path}: there is no such file or folder")
-    versions = registry.current().versions
 
     def judge(record: Record) -> str:
         if record.slug != hardware.slug:
             return ""
         if which is not None:
             return which(record)
-        return "; ".join(record.stale(hardware, versions(record.problem.bucket(), hardware)))
+        return "; ".join(_outdated(record, hardware))
 
     out: list[Removed] = []
     folder = path if path.name == hardware.slug else path / hardware.slug
@@ -230,20 +251,29 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _unusable(record: Record, hardware: Hardware) -> list[str]:
-    out = [f"stale: {what}" for what in stale(record, hardware)]
+    """Why no process here would use it."""
+    out = [f"stale: {what}" for what in _outdated(record, hardware)]
     if not record.passed:
         out.append("no gate" if record.gate is None else f"not past the gate: {_failed(record.gate)}")
     entry = registry.current().entries.get(record.backend)
     if entry is None:
         return [*out, f"backend {record.backend} is not loaded"]
     bucket = record.problem.bucket()  # what a call would ask about
+    out += [f"{record.backend} refuses: {reason}" for reason in reasons_of(entry.backend, bucket, hardware)]
     try:
-        out += [f"{record.backend} refuses: {reason}" for reason in entry.backend.supports(bucket, hardware)]
-        space = entry.backend.space(bucket, hardware)
+        space = space_of(entry.backend, bucket, hardware)
         out += [f"configuration: {reason}" for reason in space.reasons(record.config)]
-    except Exception as error:  # a plugin may raise anything
-        out.append(f"{record.backend} raised {type(error).__name__}: {error}")
+    except PluginError as error:
+        out.append(f"{record.backend}: {error}")
+    except (Exception, SystemExit) as error:
+        out.append(f"{record.backend}: its space() holds a constraint that raised {error_text(error)}")
     return out
+
+
+def _of_other_threads(record: Record, hardware: Hardware) -> list[str]:
+    """The part of its staleness that lies in this process alone."""
+    lasting = _outdated(record, hardware)
+    return [f"stale: {what}" for what in stale(record, hardware) if what not in lasting]
 
 
 def _failed(gate: Gate) -> str:
@@ -255,7 +285,7 @@ def _failed(gate: Gate) -> str:
 def _unfit(record: Record, hardware: Hardware) -> list[str]:
     if record.slug != hardware.slug:
         return [f"measured on {record.slug}, and this is {hardware.slug}"]
-    out = _unusable(record, hardware)
+    out = _unusable(record, hardware) + _of_other_threads(record, hardware)
     if record.origin != "measured":
         out.append("not measured")
     if record.policy.noisy:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from attnreg import registry, store
-from attnreg.backend import Backend, error_text, estimate_seconds, safe_repr, versions_for
-from attnreg.errors import ConfigError, UnsupportedError
+from attnreg.backend import Backend, error_text, estimate_seconds, versions_for
+from attnreg.errors import ConfigError, PluginError, UnsupportedError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
+from attnreg.registry import reasons_of, space_of
 from attnreg.space import Config
 from attnreg.store import Match
 
@@ -95,22 +95,11 @@ def _order(reasons: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return {name: reasons[name] for name in sorted(reasons, key=lambda n: (rank.get(n, len(rank)), n))}
 
 
-def reasons_of(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
-    """What `supports` says; a backend that raises, or says junk, refuses by that."""
-    try:
-        said: Any = backend.supports(problem, hardware)
-    except (Exception, SystemExit) as error:
-        return [f"its supports() raised {error_text(error)}"]
-    if not isinstance(said, (list, tuple)) or not all(isinstance(line, str) for line in said):
-        return [f"its supports() must return a list of str, got {safe_repr(said)}"]
-    return list(said)
-
-
 Picked = tuple[str, Config, str, str, Match | None]
 
 
 class _Ladder:
-    """The rungs, over one set of backends and their reasons."""
+    """The rungs, over one set of backends and their reasons, to which a space that cannot be used adds one."""
 
     def __init__(
         self,
@@ -133,18 +122,22 @@ class _Ladder:
 
     def forced(self, name: str, config: Config | None) -> Picked:
         """The named backend, or the error with its reasons; its configuration from a record if none is given."""
-        if self.reasons[name]:
+        picked = self._forced(name, config) if self.able(name) else None
+        if picked is None:
             raise UnsupportedError(
                 f"backend {name!r} was asked for and cannot run {self.problem}", {name: self.reasons[name]}
             )
-        if config is not None:
-            return name, self._space(name, config), "forced", "use_backend with a configuration", None
-        for match in self.matches:
-            if match.backend == name and not match.stale:
-                chosen = self._usable(match)
-                if chosen is not None:
-                    return name, chosen, "forced", f"use_backend; configuration from a {match.rung} record", match
-        return name, self._space(name, {}), "forced", "use_backend; the backend's default configuration", None
+        return picked
+
+    def _forced(self, name: str, config: Config | None) -> Picked | None:
+        why = "use_backend with a configuration"
+        if config is None:
+            for match in self.matches:
+                if match.backend == name and not match.stale and (kept := self._usable(match)) is not None:
+                    return name, kept, "forced", f"use_backend; configuration from a {match.rung} record", match
+            why = "use_backend; the backend's default configuration"
+        chosen = self._completed(name, config or {})
+        return (name, chosen, "forced", why, None) if chosen is not None else None
 
     def free(self) -> Picked | None:
         """The first rung that holds."""
@@ -168,16 +161,19 @@ class _Ladder:
         if not ranked or known[0][0] is None:
             return None
         seconds, name = ranked[0]
+        chosen = self._completed(name, {})
+        if chosen is None:
+            return self.from_estimates()  # it is able no more
         why = f"nothing was measured for this problem; {name} has the lowest estimate, {seconds * 1e3:.3g} ms"
-        return name, self._space(name, {}), "estimate", why, None
+        return name, chosen, "estimate", why, None
 
     def from_order(self) -> Picked | None:
         for name in WRITTEN_ORDER:
-            if self.able(name):
+            if self.able(name) and (chosen := self._completed(name, {})) is not None:
                 why = (
                     f"nothing was measured or estimated for this problem; {name} is the first able in the written order"
                 )
-                return name, self._space(name, {}), "written order", why, None
+                return name, chosen, "written order", why, None
         return None
 
     def candidate(self, name: str, plugin: str) -> Candidate:
@@ -196,8 +192,26 @@ class _Ladder:
     def _estimate(self, name: str) -> float | None:
         return estimate_seconds(self.backends[name], self.problem, self.hardware)
 
-    def _space(self, name: str, config: Config) -> Config:
-        return self.backends[name].space(self.problem, self.hardware).check(config)
+    def _completed(self, name: str, config: Config) -> Config | None:
+        """The configuration with the space's defaults; a backend whose space cannot be used refuses from then on.
+
+        Raises ConfigError where a usable space does not hold the configuration.
+        """
+        try:
+            return self._checked(name, config)
+        except PluginError as error:
+            self.reasons[name].append(str(error))
+            return None
+
+    def _checked(self, name: str, config: Config) -> Config:
+        """Raises ConfigError for a configuration outside the space, PluginError for a space that cannot be used."""
+        space = space_of(self.backends[name], self.problem, self.hardware)
+        try:
+            return space.check(config)
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"its space() holds a constraint that raised {error_text(error)}") from error
 
     def _usable(self, match: Match) -> Config | None:
         """The match's configuration if it may be used here and now; else None, with the cause noted."""
@@ -212,10 +226,10 @@ class _Ladder:
             cause = f"its {match.rung} record cannot be used: it refuses the problem"
         else:
             try:
-                return self._space(name, match.config)
+                return self._checked(name, match.config)
             except ConfigError as error:
                 cause = f"its {match.rung} record is outside its search space: {error}"
-            except (Exception, SystemExit) as error:
-                cause = f"its space() raised {error_text(error)}"
+            except PluginError as error:
+                cause = str(error)
         self.notes.setdefault(name, cause)
         return None

@@ -21,7 +21,7 @@ from attnreg.modes import checking
 from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
-from attnreg.tracing import at_trace_time, concrete, hint, is_traced, opaque, same, transform
+from attnreg.tracing import concrete, hint, is_traced, opened_at_trace_time, same, transform
 from attnreg.validate import NAMES, Sizes, check
 from attnreg.values import VALUE_NAMES, check_values
 
@@ -104,15 +104,7 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
 
 
 _graph_call = _slow
-
-
-@at_trace_time
-def _open_graph_call() -> bool:
-    """Make `_graph_call` opaque to Dynamo at the first trace: before that nobody needs torch._dynamo."""
-    global _graph_call
-    if _graph_call is _slow:
-        _graph_call = opaque(_slow)
-    return True
+_open_graph_call = opened_at_trace_time(globals(), "_graph_call")
 
 
 def _watch(q: Tensor, tensors: Mapping[str, Any], traced: bool) -> bool:

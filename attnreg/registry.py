@@ -21,8 +21,9 @@ from attnreg.backend import Backend, Finding, error_text, safe_repr, versions_fo
 from attnreg.errors import PluginError, UnknownBackendError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
+from attnreg.space import SearchSpace
 
-__all__ = ["Entry", "Failure", "Registry", "current", "on_change", "reload", "using"]
+__all__ = ["Entry", "Failure", "Registry", "current", "on_change", "reasons_of", "space_of", "using"]
 
 GROUP = "attnreg"
 OWN = "attnreg"
@@ -231,6 +232,28 @@ def _complaint(detail: str) -> Finding:
     return Finding("attnreg_doctor", False, detail, "report it to the plugin")
 
 
+def reasons_of(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
+    """What `supports` says; a backend that raises, or says junk, refuses by that."""
+    try:
+        said: Any = backend.supports(problem, hardware)
+    except (Exception, SystemExit) as error:
+        return [f"its supports() raised {error_text(error)}"]
+    if not isinstance(said, (list, tuple)) or not all(isinstance(line, str) for line in said):
+        return [f"its supports() must return a list of str, got {safe_repr(said)}"]
+    return list(said)
+
+
+def space_of(backend: Backend, problem: Problem, hardware: Hardware) -> SearchSpace:
+    """What `space` gives. Raises PluginError that tells what it raised, or returned where that is no SearchSpace."""
+    try:
+        said: Any = backend.space(problem, hardware)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"its space() raised {error_text(error)}") from error
+    if not isinstance(said, SearchSpace):
+        raise PluginError(f"its space() must return a SearchSpace, got {safe_repr(said)}")
+    return said
+
+
 _lock = threading.RLock()
 _registry: Registry | None = None
 _listeners: list[Callable[[], None]] = []
@@ -257,12 +280,6 @@ def _install(registry: Registry | None) -> None:
         _registry = registry
     for listener in _listeners:
         listener()
-
-
-def reload() -> Registry:
-    """Forget what is loaded and load again; modules that Python has imported stay imported."""
-    _install(None)
-    return current()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from attnreg.sparsity import Dense, Sparsity
 
 __all__ = ["AttentionSpec", "HeadGrouping", "Precision"]
 
-Float8 = Literal["float8_e4m3fn", "float8_e5m2"]
 Number = Literal["same", "float8_e4m3fn", "float8_e5m2", "int8"]
 
 
@@ -73,11 +72,15 @@ class _Frozen(BaseModel):
 def _spec_error(owner: str, error: ValidationError, fields: Any) -> SpecError:
     lines = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or owner
+        where = ".".join(str(part) for part in item["loc"])
+        text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: no such field; {owner} has {', '.join(fields)}")
-        else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item.get('input')!r})")
+            text = f"no such field; {owner} has {', '.join(fields)}"
+        elif (where or item["type"] != "value_error") and repr(item["input"]) not in text:
+            text += f" (got {item['input']!r})"  # a check of fields together has said what it got of them
+        # A part of the spec, or the spec that model_validate makes, may have said the name already.
+        text = text.removeprefix(f"{where or owner}: ")
+        lines.append(f"{where}: {text}" if where else text)
     return SpecError(f"{owner}: " + "; ".join(lines))
 
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 from attnreg.errors import AttnregError
 from attnreg.validate import Sizes
 
-__all__ = ["at_trace_time", "concrete", "hint", "is_traced", "opaque", "same", "transform", "transformable"]
+__all__ = ["concrete", "hint", "is_traced", "opaque", "opened_at_trace_time", "same", "transform", "transformable"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,13 +96,21 @@ def opaque(function: F) -> F:
     return torch._dynamo.nonstrict_trace(told)  # type: ignore[return-value]  # the wrapper keeps the signature
 
 
-def at_trace_time(function: F) -> F:
-    """Let Dynamo call the function for real while it traces, and take what it gives for a constant.
+def opened_at_trace_time(module: dict[str, Any], name: str) -> Callable[[], bool]:
+    """What a module calls, in compiled code, before its global function `name`: the first trace makes that opaque.
 
-    What torch.compiler.assume_constant_result does, without importing torch._dynamo (and by it Triton) to say it.
+    Before it nobody needs torch._dynamo (and by it Triton). module: its globals().
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+    plain = module[name]
+
+    def opened() -> bool:
+        if module[name] is plain:
+            module[name] = opaque(plain)
+        return True
+
+    # As torch.compiler.assume_constant_result says it: Dynamo calls it for real and takes the result for a constant.
+    opened._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return opened
 
 
 def transformable(

@@ -28,7 +28,6 @@ NAMES = (
     "block_table", "seqused_k", "q_descale", "k_descale", "v_descale", "generator",
 )  # fmt: skip
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-QUANTISED = (*FLOAT8, torch.int8)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = 2**45

@@ -9,6 +9,7 @@ from typing import Any
 
 from attnreg.bench.claims import CLAIMS, Claim
 from attnreg.bench.run import OURS, CaseResult
+from attnreg.tuning.stats import Interval
 
 __all__ = ["Held", "hold", "markdown", "milliseconds", "ratio_text", "shares_text", "to_json"]
 
@@ -52,10 +53,12 @@ def _measure(result: CaseResult, claim: Claim, others: Mapping[str, CaseResult])
 
 
 def ratio_text(result: CaseResult, name: str) -> str:
-    """`1.52x (1.49 to 1.55)`: the contestant's time over ours."""
+    """`1.52x (1.49 to 1.55)`: the contestant's time over ours; few rounds give no interval, which is said."""
     low, middle, high = result.ratios[name]
-    spread = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) and low > 0 else ""
-    return f"{middle:.2f}x{spread}"
+    if math.isfinite(high):
+        return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
+    rounds = min(len(result.get(contestant).samples) for contestant in (name, OURS))
+    return f"{middle:.2f}x (no interval from {rounds} round{'s' if rounds > 1 else ''})"
 
 
 def shares_text(result: CaseResult) -> str:
@@ -141,7 +144,7 @@ def _one_line(text: str) -> str:
 
 
 def to_json(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data: every sample of every contestant, ratios with intervals, claims."""
+    """Plain data: every sample of every contestant, ratios with intervals (null where rounds were too few), claims."""
     return {
         "machine": dict(machine),
         "cases": [
@@ -155,7 +158,7 @@ def to_json(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> dict[s
                 "share_of_flops": None if math.isnan(r.shares[0]) else r.shares[0],
                 "share_of_read": r.shares[1],
                 "contestants": [{"name": c.name, "samples": list(c.samples), "why": c.why} for c in r.contestants],
-                "ratios": {name: list(ratio) for name, ratio in r.ratios.items()},
+                "ratios": {name: _plain(ratio) for name, ratio in r.ratios.items()},
             }
             for r in results
         ],
@@ -164,3 +167,9 @@ def to_json(results: Sequence[CaseResult], machine: Mapping[str, Any]) -> dict[s
             for h in hold(results)
         ],
     }
+
+
+def _plain(ratio: Interval) -> list[float | None]:
+    """A ratio as JSON can hold it: ends without bound, which it has no number for, are null."""
+    low, middle, high = ratio
+    return [low, middle, high] if math.isfinite(high) else [None, middle, None]

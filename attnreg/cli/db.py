@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -104,19 +105,26 @@ def merge(
 
 @commands.command("check")
 def check(path: Annotated[Path | None, typer.Argument()] = None, as_json: AsJson = False) -> None:
-    """Name what is broken, misplaced, doubled or would not be used here; exit status 1 if anything is."""
+    """Name what is broken, misplaced, doubled or would not be used here; exit status 1 if anything is.
+
+    Records of other thread counts are told, and are no fault: a process with as many threads uses them.
+    """
     here = store.current()
     roots = [path] if path is not None else [p for p in (here.user, here.shipped) if p is not None and p.exists()]
     found = [b for root in roots for b in db.check(root, detect())]
     if path is None:
         found += [b for b in here.broken() if b.where.startswith("plugin ")]
+    wrong = [b for b in found if not isinstance(b, db.OtherThreads)]
     if as_json:
-        typer.echo(json.dumps([{"where": b.where, "reason": b.reason} for b in found], indent=2))
-    elif not found:
-        _say(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
+        rows = [{"where": b.where, "reason": b.reason, "wrong": not isinstance(b, db.OtherThreads)} for b in found]
+        typer.echo(json.dumps(rows, indent=2))
     else:
-        _say_broken(found)
-    if found:
+        if not wrong:
+            _say(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
+        _say_broken(wrong)
+        for reason, count in Counter(b.reason for b in found if isinstance(b, db.OtherThreads)).items():
+            _say(f"{count} records wait for a process with as many threads: {reason.removeprefix('stale: ')}")
+    if wrong:
         raise typer.Exit(1)
 
 

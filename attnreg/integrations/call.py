@@ -14,7 +14,7 @@ from attnreg.masks import Full, Mask, SlidingWindow
 from attnreg.masks.expression import And
 from attnreg.scores import ScaledDot
 from attnreg.spec import AttentionSpec
-from attnreg.tracing import at_trace_time, opaque
+from attnreg.tracing import opened_at_trace_time
 
 __all__ = ["Said", "Window", "call"]
 
@@ -72,12 +72,4 @@ def _in_graph(plain: Plain, window: Window, said: Said, q: Tensor, k: Tensor, v:
 
 
 _graph_call = _in_graph
-
-
-@at_trace_time
-def _open_graph_call() -> bool:
-    """As in `attnreg.dispatch`: nobody needs torch._dynamo before the first trace."""
-    global _graph_call
-    if _graph_call is _in_graph:
-        _graph_call = opaque(_in_graph)
-    return True
+_open_graph_call = opened_at_trace_time(globals(), "_graph_call")

@@ -186,6 +186,17 @@ def test_documents_hold_every_sample_and_say_what_did_not_run(tmp_path: Path) ->
         write_chart(tmp_path / "chart.gif", results, MACHINE)
 
 
+def test_too_few_rounds_for_an_interval_are_said_and_are_null_in_json() -> None:
+    few = result("full D64 S2048", sdpa=1.4)
+    for n, said in ((1, "1 round"), (2, "2 rounds")):
+        contestants = tuple(Contestant(c.name, (1e-3,) * n if c.samples else (), c.why) for c in few.contestants)
+        now = replace(few, contestants=contestants, ratios={"sdpa": run._ratio([1.4] * n, [1.0] * n, 0.95)})
+        assert f"| 1.40x (no interval from {said}) |" in markdown([now], MACHINE)
+        assert hold([now])[0].text == f"1.40x (no interval from {said}) sdpa"
+        data = json.loads(json.dumps(to_json([now], MACHINE), allow_nan=False))
+        assert data["cases"][0]["ratios"]["sdpa"] == [None, pytest.approx(1.4), None]
+
+
 def test_peaks_are_loops_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = small_loops()
     monkeypatch.setattr("attnreg.bench.peaks.shutil.which", lambda name: None)
@@ -230,4 +241,6 @@ def test_the_command_runs_a_case_and_writes_what_it_is_told(tmp_path: Path, monk
     assert done.exit_code == 0, done.output
     assert "Claims" in done.stdout
     assert all(path.exists() for path in out.values())
+    assert "(no interval from 3 rounds)" in done.stdout
+    assert "Infinity" not in out[".json"].read_text()
     assert CliRunner().invoke(app, ["bench", "nothing"]).exit_code == 2

@@ -122,6 +122,56 @@ def test_check_names_what_is_wrong(tmp_path: Path) -> None:
         assert said in text
 
 
+class Raiser:
+    """A backend of a plugin that fails at whatever it is asked."""
+
+    name, version = "raiser", "1"
+
+    def supports(self, problem: Any, hardware: Any) -> list[str]:
+        raise SystemExit("no")
+
+    def space(self, problem: Any, hardware: Any) -> Any:
+        class SilentError(Exception):
+            def __str__(self) -> str:
+                raise ValueError
+
+        raise SilentError
+
+    def prepare(self, problem: Any, config: Any) -> Any: ...
+
+
+def test_check_survives_a_plugin_that_fails_at_every_question(tmp_path: Path) -> None:
+    root = write(tmp_path / "db", mine(backend="raiser", version="1"))
+    with registry.using(registry.Registry({"raiser": registry.Entry(Raiser(), "a_plugin", "here")})):
+        said = [b.reason for b in db.check(root, HERE)]
+        assert said == [
+            "raiser refuses: its supports() raised SystemExit: no",
+            "raiser: its space() raised SilentError",
+        ]
+        assert CliRunner().invoke(app, ["db", "check", str(root)]).exit_code == 1
+
+
+def test_other_thread_counts_are_told_and_are_no_fault(tmp_path: Path) -> None:
+    """A database ships to machines with any number of threads: its records hold where there are as many."""
+    here = torch.get_num_threads()
+    other = [mine(problem=problem(batch=n), policy=Policy(threads=here + 1)) for n in (2, 4)]
+    root = write(tmp_path / "db", mine(), *other)
+    assert [type(b) for b in db.check(root, HERE)] == [db.OtherThreads] * 2
+    done = CliRunner().invoke(app, ["db", "check", str(root)])
+    assert done.exit_code == 0
+    assert f"nothing wrong in {root}" in done.output
+    assert f"2 records wait for a process with as many threads: threads ({here + 1} then, {here} now)" in done.output
+    told = CliRunner().invoke(app, ["db", "check", str(root), "--json"])
+    assert (told.exit_code, [b["wrong"] for b in json.loads(told.output)]) == (0, [False, False])
+    write(root, mine(problem=problem(batch=8), policy=Policy(threads=here + 1), version="0"))
+    both = [b for b in db.check(root, HERE) if "B8" in b.where]
+    assert [b.reason.split()[1] for b in both] == ["version", "threads"]
+    assert not any(isinstance(b, db.OtherThreads) for b in both)
+    assert CliRunner().invoke(app, ["db", "check", str(root)]).exit_code == 1
+    held = db.promote(root, tmp_path / "ship", HERE)[1]
+    assert ["threads (" in h.why for h in held] == [True] * 3, "what ships was measured as this process runs"
+
+
 def test_promote_ships_only_what_is_fit_and_names_the_rest(tmp_path: Path) -> None:
     sizes = iter(range(2, 100))
     noisy = mine(problem=problem(batch=next(sizes)), policy=Policy(threads=torch.get_num_threads(), noisy=True))

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -92,3 +93,55 @@ def test_names_of_the_tensors_that_a_spec_asks_for() -> None:
 def test_the_repr_is_the_code_that_makes_it() -> None:
     spec = AttentionSpec(mask=masks.Causal() & masks.SlidingWindow(left=4095), softcap=30.0)
     assert repr(spec) == "AttentionSpec(mask=Causal() & SlidingWindow(left=4095, right=0), softcap=30.0)"
+
+
+def refused(**fields: Any) -> str:
+    """What is said of the fields: the same however they come."""
+    said = set()
+    for make in (
+        lambda: AttentionSpec(**fields),
+        lambda: AttentionSpec.model_validate(fields),
+        lambda: AttentionSpec.model_validate_json(json.dumps(fields)),
+    ):
+        with pytest.raises(SpecError) as caught:
+            make()
+        said.add(str(caught.value))
+    [text] = said
+    return text
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"softcap": -1.0}, "softcap: expected a finite number >= 0 (0 is off), got -1.0"),
+        ({"softcap": True}, "softcap: expected a number, got a bool (got True)"),
+        ({"bias": 3}, "bias: expected True or False, got 3"),
+        ({"heads": 3}, "heads: Input should be a valid dictionary or instance of HeadGrouping (got 3)"),
+        (
+            {"heads": {"q": 3, "kv": 2}},
+            "heads: HeadGrouping: q=3 query heads do not divide evenly over kv=2 heads (got {'q': 3, 'kv': 2})",
+        ),
+        (
+            {"heads": {"q": 1, "k": 1, "kv": 1}},
+            "heads: HeadGrouping: k: no such field; HeadGrouping has q, kv (got {'q': 1, 'k': 1, 'kv': 1})",
+        ),
+        ({"mask": 3}, "mask: expected a mask expression such as masks.Causal(), got 3"),
+        ({"score": {}, "bias": 4}, "score: unknown kind None; known: "),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+def test_an_error_names_the_field_and_the_value_once(fields: dict[str, Any], text: str) -> None:
+    said = refused(**fields)
+    assert said.startswith(f"AttentionSpec: {text}")
+    assert said.count("AttentionSpec: ") == 1
+    if "score" in fields:
+        assert said.endswith("; bias: expected True or False, got 4")
+    else:
+        assert said == f"AttentionSpec: {text}"
+
+
+def test_a_part_of_a_spec_names_itself_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        Precision(rotate=True, kv="int8")
+    assert str(caught.value).startswith("Precision: rotate=True rotates q and k")
+    assert str(caught.value).endswith("and leave rotate out")
