@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Annotated, Any
 
@@ -14,10 +15,13 @@ from attnreg import dispatch
 from attnreg.cli import app, console
 from attnreg.cli.options import device_here, dtype_name, parse_shape
 from attnreg.cli.parse import make_spec
-from attnreg.explanation import Explanation
-from attnreg.explanation import explain as explain_call
+from attnreg.errors import AttnregError
+from attnreg.explanation import Explanation, explain_problem
 from attnreg.problem import Problem
-from attnreg.testing import make_inputs
+from attnreg.testing.inputs import call_tensors, real_problem
+
+ENTRIES = 2**40
+"""A tensor of more is a slip of the keyboard: no machine holds it."""
 
 
 @app.command()
@@ -54,14 +58,18 @@ def explain(
         dtype=dtype, kv_dtype=dtype, device=device, square=sq == keys,
         grads=frozenset("qkv") if grad else frozenset(),
     )  # fmt: skip
+    entries = batch * max(sq * q_heads, keys * problem.kv_heads) * max(head_dim, problem.head_dim_v)
+    if entries > ENTRIES:
+        raise typer.BadParameter(f"--shape: no such tensors can be made here: {entries} entries in one")
     try:
-        made = make_inputs(problem)
-    except RuntimeError as error:  # torch's own, such as of memory
-        raise typer.BadParameter(f"--shape: no such tensors can be made here: {error}") from None
-    with dispatch.use_backend(backend) if backend is not None else torch.enable_grad():
-        explanation = explain_call(said, made.q, made.k, made.v, **made.tensors)
-    named: dict[str, Any] = {n: x for n, x in made.tensors.items() if isinstance(x, torch.Tensor)}
-    picture = {"mask": said.show(sq, keys, **named)} if show_mask else {}
+        real = real_problem(problem)  # of tensors that hold no memory
+    except AttnregError:
+        raise
+    except (RuntimeError, TypeError) as error:  # torch's own, of a named tensor whose size overflows
+        raise typer.BadParameter(f"--shape: no such tensors can be made here: {_first_line(error)}") from None
+    with dispatch.use_backend(backend) if backend is not None else contextlib.nullcontext():
+        explanation = explain_problem(real)
+    picture = {"mask": said.show(sq, keys, **_drawn(problem))} if show_mask else {}
     if as_json:
         typer.echo(json.dumps({**explanation.to_json(), **picture}, indent=2, default=str))
         return
@@ -77,6 +85,18 @@ def _four(shape: str) -> tuple[int, int, int, int]:
     if not sizes[1] or not sizes[3]:
         raise typer.BadParameter(f"--shape: expected Hq and D of 1 or more, got {shape!r}")
     return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+def _drawn(problem: Problem) -> dict[str, Any]:
+    """Call tensors for the picture."""
+    try:
+        return {name: x for name, x in call_tensors(problem).items() if isinstance(x, torch.Tensor)}
+    except RuntimeError as error:  # torch's own, such as of memory
+        raise typer.BadParameter(f"--show-mask: no such tensors can be made here: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]  # a trace of C++ may follow
 
 
 def _print(e: Explanation) -> None:

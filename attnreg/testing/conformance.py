@@ -11,21 +11,29 @@ is listed: by `pytest -rA`, and by `listed_refusals()` for a terminal summary. p
 
 from __future__ import annotations
 
+import math
+import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import pytest
 
-from attnreg.backend import Backend
+from attnreg import targets
+from attnreg.backend import Backend, StaticReport, safe_repr
 from attnreg.hardware import Hardware, detect
 from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.testing.gate import bucket_mates, check_inputs
-from attnreg.testing.inputs import Inputs, make_inputs
+from attnreg.testing.inputs import Inputs, make_inputs, real_problem
 from attnreg.testing.problems import Case, cases
 
 __all__ = ["BackendConformance", "listed_refusals"]
+
+FEW = 2
+"""Problems that are compiled for each target: each takes a compiler seconds."""
 
 _refusals: dict[str, dict[str, list[str]]] = {}
 
@@ -40,14 +48,16 @@ class BackendConformance:
 
     cases: what to run; the table's own unless said otherwise (`cases(slow=True)` is the larger grid). device:
     where the tensors lie. configurations: how many points of the backend's search space, besides its default,
-    each core case is run with. poison: fill what torch allocates with NaN in one of the runs; it makes compiled
-    backends compile again. Memory that was just freed is filled in any case.
+    each core case is run with. targets: what `foresee` and `cross_compile`, where the backend has them, are asked
+    about. poison: fill what torch allocates with NaN in one of the runs; it makes compiled backends compile again.
+    Memory that was just freed is filled in any case.
     """
 
     backend: ClassVar[Backend]
     cases: ClassVar[Sequence[Case]] = ()
     device: ClassVar[str] = "cpu"
     configurations: ClassVar[int] = 2
+    targets: ClassVar[Sequence[str]] = ("sm_90", "gfx942")
     poison: ClassVar[bool] = True
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -111,6 +121,53 @@ class BackendConformance:
                 self._check(run, mate, "prepared for another size of the same bucket")
         assert served or bucket.sq <= 2, "no other size of the bucket could be made"
 
+    def test_version_and_estimate(self, case: Case) -> None:
+        """`version_for` and `estimate`, where the backend has them, keep to what they promise."""
+        problem = case.inputs(self.device).problem
+        if self._refused(case.name, problem):
+            return
+        asked = problem.bucket(), self.hardware
+        version_for, estimate = self._optional("version_for"), self._optional("estimate")
+        if version_for is not None:
+            version = version_for(*asked)
+            text = isinstance(version, str) and version
+            assert text, f"version_for() returns a text that records can name, got {safe_repr(version)}"
+            again = version_for(*asked)
+            assert again == version, f"version_for() returns {version!r}, then {again!r}: every record would be stale"
+        if estimate is not None:
+            _check_seconds("estimate", estimate(*asked))
+
+    def test_static_methods(self) -> None:
+        """`foresee` and `cross_compile`, where the backend has them, keep to what they promise of the default."""
+        foresee, cross_compile = self._optional("foresee"), self._optional("cross_compile")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            cross_compile = None  # Triton loaded every kernel for its interpreter: none compiles in this process
+        if foresee is None and cross_compile is None:
+            return
+        for target in self.targets:
+            for problem in self._served_on(target):
+                config = self.backend.space(problem, targets.target(target)).default
+                if foresee is not None:
+                    _check_seconds("foresee", foresee(problem, dict(config), target))
+                if cross_compile is not None:
+                    _check_report(cross_compile(problem, dict(config), target), config, target)
+
+    def _optional(self, name: str) -> Callable[..., Any] | None:
+        return getattr(self.backend, name, None)
+
+    def _served_on(self, target: str) -> list[Problem]:
+        """The first FEW problems that the backend takes on a target: of core cases, else the first of each feature."""
+        core = [case for case in self._cases() if "core" in case.tags]
+        first = {(case.name.split("/")[0], case.name.endswith("/bare")): case for case in reversed(self._cases())}
+        out: list[Problem] = []
+        for case in (*core, *reversed(first.values())):
+            problem = real_problem(replace(case.problem, device="cuda")).bucket()  # what torch calls HIP devices too
+            if not self.backend.supports(problem, targets.target(target)):
+                out.append(problem)
+            if len(out) == FEW:
+                break
+        return out
+
     def test_refusals(self) -> None:
         """Refusals are sentences, and something is not refused."""
         served = 0
@@ -139,3 +196,24 @@ class BackendConformance:
         result = check_inputs(run, inputs, poison=self.poison, summed=summed)
         if not result.ok:
             pytest.fail(f"{result.reason}\n{what or 'default configuration'}; {inputs}", pytrace=False)
+
+
+def _check_seconds(method: str, said: Any) -> None:
+    number = isinstance(said, Real) and not isinstance(said, bool) and 0 < float(said) < math.inf
+    assert number, f"{method}() returns seconds, a finite number above 0, got {safe_repr(said)}"
+
+
+def _check_report(report: Any, config: Config, target: str) -> None:
+    """What static tuning relies on; None says that there is nothing to tell."""
+    if report is None:
+        return
+    assert isinstance(report, StaticReport), f"cross_compile() returns a StaticReport or None, got {safe_repr(report)}"
+    assert report.target == target, f"cross_compile() for {target!r} returns a report of {report.target!r}"
+    assert isinstance(report.refused, str), f"refused: expected why it cannot run as text, got {report.refused!r}"
+    strange = {name: value for name, value in report.culprit.items() if name not in config or config[name] != value}
+    assert not strange, f"culprit: expected choices of the configuration, got {strange}"
+    sizes = {name: getattr(report, name) for name in ("registers", "spills", "shared", "occupancy")}
+    wrong = {name: size for name, size in {**sizes, **report.instructions}.items() if not size >= 0}
+    assert not wrong, f"cross_compile() counts what is there, 0 or more, got {wrong}"
+    if report.seconds is not None:
+        _check_seconds("cross_compile", report.seconds)

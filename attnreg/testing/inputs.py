@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from attnreg.testing.quantised import grouped, largest, stored
 from attnreg.testing.sequences import as_rows, from_rows, key_rows, shapes
 from attnreg.validate import check
 
-__all__ = ["FLAVOURS", "Flavour", "Inputs", "make_inputs"]
+__all__ = ["FLAVOURS", "Flavour", "Inputs", "call_tensors", "make_inputs", "real_problem"]
 
 Flavour = Literal["normal", "large", "constant", "empty", "low", "huge", "expanded", "strided", "edges"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
@@ -63,17 +63,43 @@ def make_inputs(
     are optional (`seqused_k`) are given where `problem.tensors` names them. Tensors in `problem.grads` are leaves
     that require a gradient.
     """
+    return _made(_draw(problem, flavour, seed, device), flavour)
+
+
+def call_tensors(problem: Problem) -> dict[str, Any]:
+    """The named tensors of `make_inputs(problem)`, without its q, k and v."""
+    return named_tensors(_draw(problem))
+
+
+def real_problem(problem: Problem) -> Problem:
+    """The Problem that `make_inputs(problem)` really makes, found without the memory of any tensor.
+
+    Raises what `make_inputs` raises where the sizes do not fit the spec.
+    """
+    spec = problem.spec.model_copy(update={"dropout_p": 0.0})  # a generator is in no Problem, and meta has none
+    draw = _draw(replace(problem, spec=spec), device="cpu")
+    draw.device = torch.device("meta")  # once the lengths of packed sequences, which are values, are drawn
+    made = _made(draw, "normal").problem
+    return replace(made, spec=problem.spec, device=torch.device(problem.device).type)
+
+
+def _draw(
+    problem: Problem, flavour: Flavour = "normal", seed: int = 0, device: torch.device | str | None = None
+) -> Draw:
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour: expected one of {', '.join(FLAVOURS)}, got {flavour!r}")
     device = torch.device(problem.device if device is None else device)
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(flavour.encode()))
-    draw = Draw(problem, flavour, seed, generator, device)
-    tensors = named_tensors(draw)
+    return Draw(problem, flavour, seed, generator, device)
+
+
+def _made(draw: Draw, flavour: Flavour) -> Inputs:
+    problem, tensors = draw.problem, named_tensors(draw)
     q, k, v = _q_k_v(draw, tensors)
     if flavour == "huge":
         k, v = _huge(problem, q, k, v, tensors)
     classes = {"expanded": ("expanded",) * 3, "strided": ("strided",) * 3}.get(flavour, problem.strides)
-    q, k, v = (_lay_out(x, cls, problem.spec.layout) for x, cls in zip((q, k, v), classes, strict=True))
+    q, k, v = (_lay_out(x, cls) for x, cls in zip((q, k, v), classes, strict=True))
     for name in problem.grads:
         if name in ("q", "k", "v"):
             {"q": q, "k": k, "v": v}[name].requires_grad_()
@@ -81,7 +107,7 @@ def make_inputs(
             tensors[name].requires_grad_()
     with torch.enable_grad():
         made = Problem.of(problem.spec, check(problem.spec, q, k, v, tensors), q, k, v, tensors)
-    return Inputs(q, k, v, tensors, made, flavour, seed)
+    return Inputs(q, k, v, tensors, made, flavour, draw.seed)
 
 
 def _q_k_v(draw: Draw, tensors: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +177,7 @@ def _huge(p: Problem, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any
     return out[0], out[1]
 
 
-def _lay_out(x: Tensor, kind: str, layout: str) -> Tensor:
+def _lay_out(x: Tensor, kind: str) -> Tensor:
     """The values of x (for "expanded": some of them) in a tensor of that stride class."""
     make: dict[str, Callable[[Tensor], Tensor]] = {"rows": _row_view, "strided": _every_second, "expanded": _repeated}
     return make[kind](x) if kind in make else x

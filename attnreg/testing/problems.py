@@ -169,6 +169,7 @@ def _shapes() -> Iterator[Feature]:
     yield Feature("few_queries", spec(mask=CAUSAL, **LSE), {"batch": 3, "sq": 5, "skv": 200}, tags=CORE)
     yield Feature("top_left", spec(mask=CAUSAL, align="top_left", **LSE))
     yield Feature("offset", spec(mask=CAUSAL & M.SlidingWindow(40), align="offset", **LSE))
+    yield Feature("offset_full", spec(align="offset", **LSE))  # positions that nothing reads: to be taken all the same
     for name, mask in {"": M.Full(), "_window": CAUSAL & M.SlidingWindow(50), "_padding": CAUSAL & M.Padding()}.items():
         for skv in (1, 65, 200):
             tags = CORE if skv == 200 and not name else frozenset()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 import torch
 
 from attnreg import registry, store
-from attnreg.backend import Backend, error_text, estimate_seconds, safe_repr, versions_for
+from attnreg.backend import Backend, estimate_seconds, versions_for
 from attnreg.decide import reasons_of
 from attnreg.errors import SpecError, TuneError
 from attnreg.hardware import Hardware, detect
@@ -24,12 +22,13 @@ from attnreg.records import hardware_facts, software
 from attnreg.space import SearchSpace
 from attnreg.tuning.evaluate import Evaluator
 from attnreg.tuning.finals import finals
-from attnreg.tuning.joint import POINTS, JointSpace
+from attnreg.tuning.joint import JointSpace
 from attnreg.tuning.options import DEFAULTS, Options
 from attnreg.tuning.outcome import make_report
 from attnreg.tuning.report import Progress, TuneReport
 from attnreg.tuning.search import ENUMERATE, Search
 from attnreg.tuning.seeds import starting_points
+from attnreg.tuning.spaces import usable_space
 from attnreg.tuning.studies import note_record, study_of
 
 __all__ = ["Options", "hardware_of", "tune_problem"]
@@ -162,17 +161,11 @@ def _spaces(setting: _Setting) -> dict[str, SearchSpace]:
     """The search spaces of the backends; one without a usable space is set aside with the reason."""
     spaces = {}
     for name, backend in list(setting.backends.items()):
-        try:
-            space: Any = backend.space(setting.bucket, setting.hardware)
-            why = "" if isinstance(space, SearchSpace) else f"must return a SearchSpace, got {safe_repr(space)}"
-            if not why:
-                for _ in itertools.islice(space.points(), POINTS):
-                    pass  # its constraints are the backend's own code
-                spaces[name] = space
-        except (Exception, SystemExit) as error:
-            why = f"raised {error_text(error)}"
-        if why:
-            setting.unsupported[name] = (f"its space() {why}",)
+        space = usable_space(backend, setting.bucket, setting.hardware)
+        if isinstance(space, SearchSpace):
+            spaces[name] = space
+        else:
+            setting.unsupported[name] = (space,)
             setting.backends = {n: b for n, b in setting.backends.items() if n != name}
     return spaces
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,22 +15,17 @@ from attnreg.hardware import Hardware
 from attnreg.measure import Candidate
 from attnreg.problem import Problem
 from attnreg.records import Record, hardware_facts, software
-from attnreg.space import SearchSpace, Value
+from attnreg.space import Value
 from attnreg.targets import target as named_target
 from attnreg.tuning.compilers import Compilers, Job
+from attnreg.tuning.offers import Offer, offer_of, queue_of
 
 __all__ = ["StaticResult", "tune_static"]
 
-ENUMERATE = 4000
-"""Spaces of at most this many points are foreseen whole; larger ones by climbing from their seeds and a sample."""
-STARTS = 8
-"""Random points, besides the default and the seeds, that climbing starts from."""
 LEVEL = 1.2
 """Modelled times within this factor of the least are level: what others measured to be fastest stands up to 17% above
 the least (`attnreg targets --published`), so less says nothing. Among them the written order of backends decides, then
 a backend's own seeds in their order, then the time."""
-FAR = 2.0
-"""Seeds that are foreseen to take this many times as long as the best of all are not compiled."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +69,23 @@ def tune_static(
     problem = replace(problem, device="cuda")  # what torch calls HIP devices too
     bucket = problem.bucket()  # what a call will ask backends about
     able: dict[str, Backend] = {}
+    offers: dict[str, Offer] = {}
     unsupported: dict[str, tuple[str, ...]] = {}
     for name, entry in sorted(registry.current().entries.items()):
         if backends is not None and name not in backends:
             continue
         why = _reasons(entry.backend, bucket, hardware)
-        if why:
-            unsupported[name] = tuple(why)
-        else:
-            able[name] = entry.backend
+        if not why:
+            offer = offer_of(name, entry.backend, bucket, hardware, limit, seed)
+            if isinstance(offer, Offer):
+                able[name], offers[name] = entry.backend, offer
+                continue
+            why = [offer]
+        unsupported[name] = tuple(why)
     if not able:
         reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in unsupported.items())
         raise TuneError(f"no backend compiles {problem} for {target}: {reasons}")
-    queue, known, foreseen = _queue(able, bucket, hardware, limit, seed)
+    queue, known, foreseen = queue_of(offers)
     work = _Work(bucket, target, queue, limit, on_progress, last=list(known), most=4 * limit)
     (compilers or Compilers()).run(work.following, work.done)
     looked = _ranked(work.looked, known)
@@ -146,29 +144,6 @@ def _within(part: dict[str, Value], candidate: Candidate) -> bool:
     return all(candidate.config.get(name) == value for name, value in part.items())
 
 
-def _queue(
-    able: dict[str, Backend], problem: Problem, hardware: Hardware, limit: int, seed: int
-) -> tuple[list[Candidate], list[Candidate], int]:
-    """(candidates in the order of compiling, all seeds, how many were foreseen): good seeds, then the best foreseen."""
-    plain: list[Candidate] = []
-    times: dict[Candidate, float] = {}
-    seeds: list[Candidate] = []
-    order = {name: n for n, name in enumerate(WRITTEN_ORDER)}
-    for name in sorted(able, key=lambda n: order.get(n, len(order))):  # a small budget goes to the first of the order
-        backend = able[name]
-        space = backend.space(problem, hardware)
-        if getattr(backend, "foresee", None) is None:
-            plain += [Candidate(name, config) for config in _configs(space, limit, seed)]
-            continue
-        for config in _pool(space, _foresight(backend, problem, hardware.arch), random.Random(seed)):
-            times[Candidate(name, config[0])] = config[1]
-        seeds += [Candidate(name, config) for config in _known(space)]
-    best = min(times.values(), default=0.0)
-    first = [c for c in seeds if times.get(c, best) <= FAR * best]
-    rest = sorted(times, key=lambda c: (times[c], c.key))
-    return list(dict.fromkeys([*plain, *first, *rest])), seeds, len(times)
-
-
 def _ranked(
     looked: list[tuple[Candidate, StaticReport]], seeds: list[Candidate]
 ) -> list[tuple[Candidate, StaticReport]]:
@@ -188,67 +163,10 @@ def _ranked(
     return sorted(looked, key=rank)
 
 
-def _foresight(backend: Backend, problem: Problem, target: str) -> Callable[[dict[str, Value]], float]:
-    def foresee(config: dict[str, Value]) -> float:
-        return float(backend.foresee(problem, config, target))  # type: ignore[attr-defined]  # optional
-
-    return foresee
-
-
-def _known(space: SearchSpace) -> list[dict[str, Value]]:
-    """The default and the seeds, each once."""
-    out: list[dict[str, Value]] = []
-    for config in (space.default, *space.seeds):
-        if dict(config) not in out:
-            out.append(dict(config))
-    return out
-
-
-def _pool(
-    space: SearchSpace, foresee: Callable[[dict[str, Value]], float], rng: random.Random
-) -> Iterator[tuple[dict[str, Value], float]]:
-    """(configuration, foreseen seconds) of a small space's every point, or of what climbing a large one passes."""
-    if space.size <= ENUMERATE:
-        for config in space.points():
-            yield config, foresee(config)
-        return
-    seen: dict[tuple[Value, ...], float] = {}
-    names = list(space.choices)
-
-    def look(config: dict[str, Value]) -> float:
-        key = tuple(config[name] for name in names)
-        if key not in seen:
-            seen[key] = foresee(config)
-        return seen[key]
-
-    for start in [*_known(space), *(space.sample(rng) for _ in range(STARTS))]:
-        here = dict(start)
-        while True:
-            near = min(space.neighbours(here), key=look, default=here)
-            if look(near) >= look(here):
-                break
-            here = near
-    for key, seconds in seen.items():
-        yield dict(zip(names, key, strict=True)), seconds
-
-
 def _reasons(backend: Backend, problem: Problem, hardware: Hardware) -> list[str]:
     if getattr(backend, "cross_compile", None) is None:
         return ["it has no cross_compile()"]
     return reasons_of(backend, problem, hardware)
-
-
-def _configs(space: SearchSpace, limit: int, seed: int) -> list[dict[str, Value]]:
-    """The whole space if it is small enough, else its default, its seeds and a sample."""
-    points = [dict(p) for _, p in zip(range(limit + 1), space.points(), strict=False)]
-    if len(points) <= limit:
-        return points
-    out: list[dict[str, Value]] = []
-    rng = random.Random(seed)
-    for config in [*_known(space), *(space.sample(rng) for _ in range(10 * limit))]:
-        if dict(config) not in out and len(out) < limit:
-            out.append(dict(config))
-    return out
 
 
 def _record(

@@ -11,11 +11,13 @@ from attnreg.backend import StaticReport
 from attnreg.decide import reasons_of
 from attnreg.measure import Candidate
 from attnreg.problem import Problem
+from attnreg.space import SearchSpace
 from attnreg.sparsity import BigBird
 from attnreg.spec import AttentionSpec, Precision
 from attnreg.suites import attention_problem
 from attnreg.targets import target as named_target
 from attnreg.tuning.compilers import Compilers, Job
+from attnreg.tuning.spaces import usable_space
 
 __all__ = ["FORMS", "Form", "Row", "rows", "survey"]
 
@@ -144,7 +146,10 @@ def rows(target: str, forms: Iterable[Form] = FORMS, seeds: bool = True) -> Iter
         if reasons:
             yield Row(target, form, "", {}, None, reasons)
             continue
-        space = backend.space(form.problem, hardware)
+        space = usable_space(backend, form.problem, hardware)
+        if not isinstance(space, SearchSpace):
+            yield Row(target, form, "", {}, None, (space,))
+            continue
         known: list[dict[str, Any]] = [dict(space.default)]
         if seeds:
             known += [dict(s) for s in space.seeds if dict(s) != known[0]]

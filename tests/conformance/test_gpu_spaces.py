@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ def on_gpu() -> list[Problem]:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_case_has_a_space_and_an_estimate(name: str) -> None:
+def test_every_case_has_a_space_an_estimate_and_a_foreseen_time(name: str) -> None:
     backend = registry.current().get(name).backend
     served = [problem for problem in on_gpu() if not backend.supports(problem, HOPPER)]
     assert served
@@ -29,6 +30,9 @@ def test_every_case_has_a_space_and_an_estimate(name: str) -> None:
         space = backend.space(problem, HOPPER)
         assert space.reasons(space.default) == [], problem
         assert estimate_seconds(backend, problem, HOPPER), problem
+        if name.startswith("triton"):
+            foreseen = backend.foresee(problem, space.default, "sm_90")  # type: ignore[attr-defined]  # optional
+            assert 0 < foreseen < math.inf, problem
 
 
 def test_masked_training_keeps_to_kernels_that_were_right() -> None:

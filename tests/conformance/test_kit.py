@@ -11,13 +11,13 @@ import pytest
 import torch
 from planted_faults import Planted, prepare_right
 
-from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, masks
+from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, masks
 from attnreg.hardware import detect
 from attnreg.space import Config
 from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs, make_inputs
 from attnreg.testing.conformance import listed_refusals
 from attnreg.testing.gate import bucket_mates
-from attnreg.testing.inputs import Flavour
+from attnreg.testing.inputs import Flavour, real_problem
 from attnreg.testing.second import other_values
 
 GRADS = frozenset({"q", "k", "v"})
@@ -212,6 +212,105 @@ def del_all() -> None:
 
     for name in [name for name in conformance._refusals if name.startswith("planted")]:
         del conformance._refusals[name]
+
+
+def raising(*_: Any) -> Any:
+    raise RuntimeError("no such kernel")
+
+
+def report(**fields: Any) -> Callable[..., StaticReport]:
+    return lambda problem, config, target: StaticReport(**{"target": target, **fields})
+
+
+_counter = iter(range(1 << 30))
+TELLING = [
+    ("version_for", lambda *_: "2", ""),
+    ("version_for", lambda *_: 2, "version_for.* a text that records can name, got 2"),
+    ("version_for", lambda *_: "", "version_for.* a text that records can name, got ''"),
+    ("version_for", lambda *_: str(next(_counter)), "every record would be stale"),
+    ("version_for", raising, "no such kernel"),
+    ("estimate", lambda *_: 1e-3, ""),
+    ("estimate", lambda *_: "fast", "estimate.* returns seconds, .* got 'fast'"),
+    ("estimate", lambda *_: float("nan"), "estimate.* returns seconds, .* got nan"),
+    ("estimate", lambda *_: 0.0, r"estimate.* returns seconds, .* got 0\.0"),
+    ("estimate", raising, "no such kernel"),
+    ("foresee", lambda *_: 1e-3, ""),
+    ("foresee", lambda *_: None, "foresee.* returns seconds, .* got None"),
+    ("foresee", lambda *_: float("inf"), "foresee.* returns seconds, .* got inf"),
+    ("foresee", raising, "no such kernel"),
+    ("cross_compile", report(registers=9, seconds=1e-3), ""),
+    ("cross_compile", report(refused="spills", culprit={"rows": 16}), ""),
+    ("cross_compile", lambda *_: None, ""),
+    ("cross_compile", lambda *_: {"registers": 9}, "returns a StaticReport or None, got {'registers': 9}"),
+    ("cross_compile", report(target="sm_80"), "for 'sm_90' returns a report of 'sm_80'"),
+    ("cross_compile", report(spills=-1), "0 or more, got {'spills': -1}"),
+    ("cross_compile", report(seconds=-1.0), "returns seconds, .* got -1.0"),
+    ("cross_compile", report(refused="spills", culprit={"rows": 64}), "culprit: .* got {'rows': 64}"),
+    ("cross_compile", raising, "no such kernel"),
+]
+
+
+@pytest.mark.parametrize(("method", "told", "reason"), TELLING)
+def test_what_optional_methods_return_is_looked_at(
+    method: str, told: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend = Planted(planted.none)
+    backend.space = lambda *_: SearchSpace({"rows": (16, 64)})  # type: ignore[method-assign]  # one with a choice
+    asked: list[Problem] = []
+
+    def noted(problem: Problem, *more: Any) -> Any:
+        asked.append(problem)
+        return told(problem, *more)
+
+    setattr(backend, method, noted)
+
+    class Suite(BackendConformance):
+        cases = FEW[:2]
+
+    Suite.backend = backend  # type: ignore[assignment]  # its space is one
+    if reason:
+        with pytest.raises((AssertionError, RuntimeError), match=reason):
+            ask(Suite())
+    else:
+        ask(Suite())
+    assert asked
+    assert all(problem == problem.bucket() for problem in asked)
+    assert {problem.device for problem in asked} == {"cuda" if method in ("foresee", "cross_compile") else "cpu"}
+
+
+def ask(suite: BackendConformance) -> None:
+    """The suite's tests of optional methods."""
+    suite.test_static_methods()
+    for case in suite.cases:
+        suite.test_version_and_estimate(case)
+
+
+def test_a_target_that_is_refused_is_not_compiled_for() -> None:
+    class Suite(BackendConformance):
+        backend = Planted(planted.none, ["no such device here"])
+        cases = FEW[:2]
+
+    Suite.backend.cross_compile = raising  # type: ignore[attr-defined]  # optional
+    Suite().test_static_methods()
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.flavour == "normal"], ids=str)
+def test_the_real_problem_is_that_of_the_inputs(case: Case) -> None:
+    assert real_problem(case.problem) == make_inputs(case.problem).problem
+
+
+def test_positions_that_nothing_reads_are_in_the_table() -> None:
+    """align="offset" brings query_offset to a mask that asks for no position: backends that forget it break."""
+    given = [case for case in cases() if case.spec == AttentionSpec(align="offset", return_lse=True)]
+    assert {"normal", "empty", "huge", "low"} <= {case.flavour for case in given}
+    right = prepare_right(given[0].inputs().problem)
+
+    def forgets(q, k, v):  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    assert check_inputs(right, given[0].inputs()).ok
+    assert "query_offset" in check_inputs(forgets, given[0].inputs()).reason
 
 
 def test_dropout_is_read_off_the_candidate() -> None:

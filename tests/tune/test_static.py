@@ -19,6 +19,7 @@ from attnreg.suites import attention_problem
 from attnreg.targets import TARGETS
 from attnreg.targets import target as target_hardware
 from attnreg.tuning.static import tune_static
+from attnreg.tuning.survey import FORMS, rows
 
 assert commands
 PROBLEM = attention_problem(AttentionSpec(mask=masks.Causal()), (8, 2), 1024, 1024, 64, dtype="bfloat16")
@@ -175,3 +176,62 @@ def test_among_level_times_a_seed_wins(own_store: Store) -> None:
     assert result.record is not None
     assert result.record.config == {"block": 70, "stages": 1}
     assert [c["block"] for c in made.compiled] == [70, 80, 79, 78]
+
+
+def late(config: Any) -> bool:
+    """A constraint that breaks at a point which no enumeration up to its limit walks to."""
+    if config["block"] == 9999:
+        raise KeyError("no")
+    return True
+
+
+LATE = SearchSpace(
+    {"block": tuple(range(1, 10000)), "stages": (1,)},
+    default={"block": 9998, "stages": 1},
+    constraints=[("small", late)],
+)
+
+
+def broken(error: BaseException) -> Any:
+    def method(*_: Any) -> Any:
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("method", "does", "reason"),
+    [
+        ("space", broken(RuntimeError("no tiles")), "its space() raised RuntimeError: no tiles"),
+        ("space", broken(SystemExit(3)), "its space() raised SystemExit: 3"),
+        ("space", lambda *_: None, "its space() must return a SearchSpace, got None"),
+        ("space", lambda *_: LATE, "its space() raised KeyError: 'no'"),
+        ("foresee", broken(ZeroDivisionError("a tile of 0")), "its foresee() raised ZeroDivisionError: a tile of 0"),
+        ("foresee", lambda *_: "soon", "its foresee() raised ValueError: could not convert string to float: 'soon'"),
+        ("foresee", lambda *_: float("nan"), "its foresee() must return seconds, got nan"),
+    ],
+)
+def test_a_backend_that_breaks_is_set_aside_with_the_reason(
+    method: str, does: Any, reason: str, compiler: Compiler, own_store: Store
+) -> None:
+    odd = Foreseeing()
+    setattr(odd, method, does)
+    now = registry.current()
+    entries = {**now.entries, "foreseeing": registry.Entry(odd, "test", "test 1.0")}
+    with registry.using(registry.Registry(entries, now.plugins)):
+        made = tune_static(PROBLEM, "sm_90", backends=("compiler", "foreseeing"))
+        with pytest.raises(TuneError, match=r"no backend compiles .* foreseeing: its"):
+            tune_static(PROBLEM, "sm_90", backends=("foreseeing",))
+    assert made.unsupported == {"foreseeing": (reason,)}
+    assert made.record is not None
+    assert made.record.backend == "compiler"
+    assert "foreseeing" not in made.record.software["backends"]
+
+
+def test_a_survey_says_why_a_backend_has_no_space() -> None:
+    odd = Foreseeing()
+    odd.space = broken(RuntimeError("no tiles"))  # type: ignore[method-assign]  # one that breaks
+    form = FORMS[0]
+    with registry.using(registry.Registry({form.backend: registry.Entry(odd, "test", "test 1.0")})):
+        [row] = rows("sm_90", [form])
+    assert row.status == "not supported: its space() raised RuntimeError: no tiles"

@@ -13,10 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from attnreg import AttentionSpec, errors, masks, scores, sparsity
+from attnreg import AttentionSpec, Problem, errors, masks, scores, sparsity
 from attnreg.cli import app, commands, main
 from attnreg.cli.parse import make_spec, parse_expression
 from attnreg.suites import attention_problem
+from attnreg.testing import make_inputs
 from attnreg.tuning import TuneReport, write_problems
 from attnreg.tuning.static import StaticResult
 
@@ -94,6 +95,17 @@ def test_explain_as_json(options: list[str]) -> None:
     assert chosen[0]["reasons"] == []
     assert {b["name"] for b in data["backends"]} >= {"eager", "sdpa"}
     assert all(b["reasons"] for b in data["backends"] if b["name"] == "triton_flash")
+
+
+def test_explain_takes_no_memory_for_the_tensors() -> None:
+    """q alone would take 128 GiB; what is said of small ones is what calls find."""
+    said = run.invoke(app, ["explain", "--shape", "64x32x131072x128", "--kv-heads", "8", "--mask", "causal", "--grad"])
+    assert said.exit_code == 0, said.output
+    assert "B64 H32/8 Sq131072 Skv131072 D128 float32 cpu grad k,q,v" in said.stdout
+    listed = ["--spec", '{"bias": true, "layout": "bshd", "dropout_p": 0.1}', "--mask", "padding"]
+    said = run.invoke(app, ["explain", "--shape", "2x4x64x32", "--json", *listed])
+    problem = Problem.from_json(json.loads(said.stdout)["problem"])
+    assert problem == make_inputs(problem).problem
 
 
 def test_explain_as_json_holds_the_picture() -> None:
