@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attnreg._node import Node, check_float
+from attnreg.errors import SpecError
 
 __all__ = ["Additive", "Dot", "General", "ScaledDot", "Score"]
 
@@ -30,6 +31,8 @@ class ScaledDot(Score):
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_float(self, "scale")
+            if not 2**-126 <= abs(self.scale) <= 1e38 and self.scale != 0:
+                raise SpecError(f"ScaledDot(scale): expected 0 or a size of 2**-126 .. 1e38, got {self.scale}")
 
     def factor(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -162,8 +161,8 @@ class AttentionSpec(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
-        if not math.isfinite(self.softcap) or self.softcap < 0:
-            raise ValueError(f"softcap: expected a finite number >= 0 (0 is off), got {self.softcap}")
+        if not 2**-126 <= self.softcap <= 1e38 and self.softcap != 0:
+            raise ValueError(f"softcap: expected 0 (off) or 2**-126 .. 1e38, which float32 holds, got {self.softcap}")
         if not 0 <= self.dropout_p < 1:
             raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {self.dropout_p}")
         if self.page_size is not None and not 1 <= self.page_size < 2**31:

@@ -48,8 +48,8 @@ class StructuredMask:
     query_offset: where query row 0 stands on the keys' time line; an int, or a one-element tensor where a
     static cache keeps it on the device. device: where the bool tensor would lie.
 
-    To a model that works on the mask before its layers do, it is that bool tensor: slices of four dimensions, `&`, `|`, `^`,
-    `~`, `==` and functions such as torch.where and masked_fill give tensors. Anything else raises InputError.
+    To a model that works on the mask before its layers do, it is that bool tensor: slices of four dimensions, `&`, `|`,
+    `^`, `~`, `==` and functions such as torch.where and masked_fill give tensors. Anything else raises InputError.
     """
 
     mask: Mask
@@ -69,7 +69,7 @@ class StructuredMask:
         return self
 
     def __getitem__(self, index: Any) -> Tensor:
-        """A slice; what takes fewer dimensions of a mask goes on to count with it (Longformer asks which are above 0)."""
+        """A slice. What has fewer dimensions a model goes on to count with (Longformer asks which are above 0)."""
         part = self.dense[index.dense if isinstance(index, StructuredMask) else index]
         if part.ndim != 4:
             _refuse(f"{part.ndim} dimensions")
@@ -113,8 +113,8 @@ def _refuse(what: str) -> NoReturn:
     raise _UnknownUseError(
         "attention_mask",
         f"the model uses {what} of its mask; attnreg hands it a mask expression, which answers as a bool tensor "
-        "for dtype, device, shape, slices of four dimensions, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and logical_not. Use "
-        "attn_implementation='eager' for this model",
+        "for dtype, device, shape, slices of four dimensions, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and "
+        "logical_not. Use attn_implementation='eager' for this model",
     )
 
 

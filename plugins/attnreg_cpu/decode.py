@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnreg import Hardware, Problem, SearchSpace, block_of, scores, sparsity
 from attnreg_cpu import build, params
-from attnreg_cpu.arguments import Arguments, dense_rows
+from attnreg_cpu.arguments import Arguments, dense_rows, longest
 from attnreg_cpu.conjunction import read_conjunction
 from attnreg_cpu.tuning_space import lanes_of
 from attnreg_cpu.variant import check_status
@@ -233,11 +233,7 @@ class Decode:
 
 def _longest(tensors: Mapping[str, Any], skv: int) -> int:
     """Keys of the longest sequence, which the blocks of scaling="block" cut."""
-    cu = tensors.get("cu_seqlens_k")
-    if cu is None:
-        return skv
-    given = tensors.get("max_seqlen_k")
-    return int(given) if given is not None else int((cu[1:] - cu[:-1]).max())
+    return skv if tensors.get("cu_seqlens_k") is None else longest(tensors, "k")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from test_decode import CPU, error, prepare
 from torch import Tensor
 
-from attnreg import AttentionSpec, Precision, Problem, masks
+from attnreg import AttentionSpec, Precision, Problem, attention, masks, use_backend
 from attnreg.testing.oracle import oracle
 from attnreg.validate import check
 from attnreg_cpu import build
@@ -200,3 +200,18 @@ def test_a_nan_reaches_what_it_belongs_to(name: str, heads: tuple[int, int], dim
         clean, _ = attend(q, clean_k, clean_v, **named)
         assert torch.equal(out.isnan(), lost.view(3, hq, 1, dim_v))
         assert torch.equal(out[2], clean[2])
+
+
+def test_block_scales_of_no_sequence() -> None:
+    spec = AttentionSpec(layout="thd", dtype=Precision(kv="float8_e4m3fn", scaling="block"))
+    q, kv, scale, none = (
+        torch.zeros(0, 2, 16),
+        torch.zeros(0, 2, 16).to(torch.float8_e4m3fn),
+        torch.ones(0, 2, 0),
+        torch.zeros(1),
+    )
+    with use_backend("cpu"):
+        out = attention(
+            spec, q, kv, kv, cu_seqlens_q=none.int(), cu_seqlens_k=none.int(), k_descale=scale, v_descale=scale
+        )
+    assert out.shape == q.shape

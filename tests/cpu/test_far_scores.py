@@ -8,6 +8,7 @@ from torch import Tensor
 
 import attnreg
 from attnreg import AttentionSpec, masks
+from attnreg.testing import oracle
 from attnreg_cpu import build
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
@@ -83,3 +84,17 @@ def test_a_sink_that_is_nan_is_not_dropped(sq: int, mask: masks.Mask) -> None:
     assert lse[:, 0].isnan().all()
     assert out[:, 1].isfinite().all()
     assert lse[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [2**31 - 100, 2**31, 2**32 + 100, -(2**31), -(2**32) + 5, 2**44])
+@pytest.mark.parametrize("sq", [2, 40])
+def test_alibi_of_positions_beyond_32_bits(sq: int, offset: int) -> None:
+    q, k, v = _draw(sq, 70)
+    spec = AttentionSpec(alibi=True, align="offset", return_lse=True)
+    named = {"query_offset": torch.tensor([offset]), "alibi_slopes": torch.full((2,), 2.0**-8)}
+    with attnreg.use_backend("cpu"):
+        out, lse = attnreg.attention(spec, q, k, v, **named)
+    _, want_lse = oracle(spec, q, k, v, **named)
+    assert (lse / want_lse - 1).abs().max() < 1e-5
+    # Weights are those of scores as far apart as float32 holds them there: an average of the values at least.
+    assert out.abs().max() <= v.abs().max()

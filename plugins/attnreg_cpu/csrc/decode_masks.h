@@ -64,7 +64,8 @@ class Masks {
         const int64_t query = (task_->row + r) / group_, head = kv_head * group_ + (task_->row + r) % group_;
         m.alibi = p_.alibi != nullptr;
         if (m.alibi) m.slope = p_.alibi[task_->sequence.batch * p_.alibi_batch + head];
-        m.position = int32_t(position(r) - first_key_);
+        const Place place(position(r) - first_key_);
+        m.position = place.near, m.excess = place.excess;
         m.bounded = bounded_;
         m.first = int32_t(std::clamp<int64_t>(keys_[r].first - first_key_, -1, INT32_MAX));
         m.last = int32_t(std::clamp<int64_t>(keys_[r].last - first_key_, -1, INT32_MAX));

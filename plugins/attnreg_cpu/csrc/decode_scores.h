@@ -18,6 +18,7 @@ struct RowModifiers {
     bool alibi, bounded;
     float slope;
     int32_t position;     // of the query, less the tile's first key
+    float excess;         // of the position (Place)
     int32_t first, last;  // keys of the tile that may be attended
 
     // Nothing but the scale, which then joins the exponential, and masks.
@@ -43,7 +44,7 @@ inline float modify_row(const RowModifiers& m, float* scores, int64_t count) {
         if (m.bias) x += load(m.bias + k);
         if (m.alibi) {
             const vint distance = key - m.position;
-            x -= splat(m.slope) * __builtin_convertvector(distance < 0 ? -distance : distance, vfloat);
+            x -= splat(m.slope) * (__builtin_convertvector(distance < 0 ? -distance : distance, vfloat) + splat(m.excess));
         }
         if (m.bounded) x = select((key >= first) & (key <= last), x, masked);
         if (m.allowed) x = select(load(m.allowed + k) != 0, x, masked);

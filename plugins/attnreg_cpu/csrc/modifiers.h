@@ -26,7 +26,7 @@ Modifiers modifiers_of(const Params& p, const Sequence& s, const Documents& docu
     m.softcap = float(p.softcap);
     if (first < t.keys.all.first || first + count - 1 > t.keys.all.last) m.first = t.first, m.last = t.last;
     if (documents.scattered()) m.documents = t.document, m.key_documents = documents.ids(s.batch);
-    if (p.alibi) m.slopes = t.slope, m.positions = t.position;
+    if (p.alibi) m.slopes = t.slope, m.positions = t.position, m.excess = t.excess;
     if (p.bias) {
         switch (p.bias_type) {
             case 0: gather_bias<float>(p, s, t, first, count, bias); break;

@@ -1,6 +1,7 @@
 // Which keys each query row may attend, as intervals: causal, window, prefix, chunk, padding and documents.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 #include <vector>
 
 #include "params.h"
@@ -45,6 +46,14 @@ struct Interval {
 };
 
 inline int64_t floor_divide(int64_t x, int64_t by) { return x >= 0 ? x / by : -((-x + by - 1) / by); }
+
+// A position as distances to keys are counted from it, in 32 bits, and how far beyond it lies on the same side of every key.
+struct Place {
+    int32_t near;
+    float excess;
+    explicit Place(int64_t position)
+        : near(int32_t(std::clamp<int64_t>(position, -(int64_t(1) << 30), INT32_MAX))), excess(float(std::llabs(position - near))) {}
+};
 
 // First and last key of each position's document, and whether some document lies in several pieces, so that the interval is not
 // enough and ids must be compared as well.

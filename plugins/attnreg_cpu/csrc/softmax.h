@@ -14,6 +14,7 @@ struct Modifiers {
     const float* bias = nullptr;           // [key][lane]
     const float* slopes = nullptr;         // [lane]
     const int32_t* positions = nullptr;    // [lane]
+    const float* excess = nullptr;         // [lane], of the positions
     const int32_t* first = nullptr;        // [lane]: keys first..last may be attended
     const int32_t* last = nullptr;         // [lane]
     const int32_t* documents = nullptr;    // [lane]
@@ -37,11 +38,11 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
     for (int v = 0; v < NV; ++v) {
         vfloat top = masked;
         vint low{}, high{}, document{}, position{};
-        vfloat slope{};
+        vfloat slope{}, excess{};
         vuint words{};
         if (m.first) low = load(m.first + v * LANES), high = load(m.last + v * LANES);
         if (m.documents) document = load(m.documents + v * LANES);
-        if (m.slopes) slope = load(m.slopes + v * LANES), position = load(m.positions + v * LANES);
+        if (m.slopes) slope = load(m.slopes + v * LANES), position = load(m.positions + v * LANES), excess = load(m.excess + v * LANES);
         for (int64_t j = 0; j < count; ++j) {
             const int64_t at = (j * NV + v) * LANES;
             const int32_t key = int32_t(first_key + j);
@@ -52,7 +53,7 @@ void modify_scores(const Modifiers& m, int64_t first_key, int64_t count, float* 
                 if (m.softcap_slope) store(m.softcap_slope + at, splat(1.0f) - bent * bent);
             }
             if (m.bias) x += load(m.bias + at);
-            if (m.slopes) x -= slope * __builtin_convertvector(absolute(position - key), vfloat);
+            if (m.slopes) x -= slope * (__builtin_convertvector(absolute(position - key), vfloat) + excess);
             if (m.first) x = select((low <= key) & (high >= key), x, masked);
             if (m.documents) x = select(document == m.key_documents[key], x, masked);
             if (m.allowed) x = select(load(m.allowed + at) != 0.0f, x, masked);

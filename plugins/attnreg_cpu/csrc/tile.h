@@ -25,6 +25,7 @@ struct Tile {
     int32_t *first, *last;  // [lanes] allowed keys
     int32_t *row_of, *head_of;  // [lanes]: row of its sequence, and query head; lanes past the rows repeat the last one's
     int32_t *position, *document;  // [lanes]
+    float* excess;     // [lanes], of the position (Place)
     float* slope;      // [lanes]
     int64_t lanes() const { return int64_t(vectors) * LANES; }
     // The output of rows that met no key is 0.
@@ -76,6 +77,7 @@ void place_tile(Carver& carver, Tile<Operand>& t, bool additive) {
     t.row_of = carver.take<int32_t>(lanes);
     t.head_of = carver.take<int32_t>(lanes);
     t.position = carver.take<int32_t>(lanes);
+    t.excess = carver.take<float>(lanes);
     t.document = carver.take<int32_t>(lanes);
     t.slope = carver.take<float>(lanes);
 }
@@ -87,7 +89,9 @@ void describe_tile(const Params& p, const Sequence& s, const Documents& document
     for (int64_t lane = 0; lane < t.lanes(); ++lane) {
         t.row_of[lane] = int32_t(row);
         t.head_of[lane] = int32_t(rows.head + member);
-        t.position[lane] = int32_t(row + s.offset);
+        const Place place(row + s.offset);
+        t.position[lane] = place.near;
+        t.excess[lane] = place.excess;
         t.document[lane] = documents.given() ? documents.id(s.batch, row + s.offset) : 0;
         t.slope[lane] = p.alibi ? p.alibi[s.batch * p.alibi_batch + t.head_of[lane]] : 0.0f;
         if (lane + 1 < t.count && ++member == rows.group) ++row, member = 0;
