@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnreg import Hardware, Problem, SearchSpace, blocks, scores
+from attnreg import Hardware, Problem, SearchSpace, blocks
 
 from . import block_sparse_space
 from .crosscompile import CrossCompiled
@@ -18,13 +18,14 @@ from .launch import ROWS_AXIS, Inputs, Launch, sizes
 from .plan import Plan
 from .signatures import CompileSpec
 from .support import (
-    DTYPES,
     GRADIENTS,
     MAX_HEAD_DIM,
+    dtype_reasons,
     gradient_reasons,
     head_dim_reasons,
     machine_reasons,
     no_second_derivative,
+    score_reasons,
     size_reasons,
 )
 
@@ -54,19 +55,14 @@ class TritonBlockSparse(CrossCompiled):
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
-        spec = problem.spec
         out = [
             *machine_reasons(problem, hardware),
+            *dtype_reasons(problem),
+            *score_reasons(problem),
             *size_reasons(problem),
             *head_dim_reasons(problem, MAX_HEAD_DIM),
             *gradient_reasons(problem),
         ]
-        if problem.dtype not in DTYPES:
-            out.append(f"q is {problem.dtype}; the kernels take {', '.join(DTYPES)}")
-        elif problem.kv_dtype != problem.dtype:
-            out.append(f"k and v are stored as {problem.kv_dtype}, q is {problem.dtype}; the kernels take one dtype")
-        if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
-            out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
         if problem.traced:
             out.append("traced: the block layout is built from sizes and values, which a trace does not have")
         return out

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from attnreg import Hardware, Problem, SearchSpace
 
-from .flash_seeds import Family, Width, exact_products, family, product_precisions, width
+from .flash_seeds import Family, Width, exact_products, family, masked, product_precisions, scattered, width
 from .flash_space import Config, Constraint, tile_rules
 from .launch import next_power_of_two
 from .plan import ConfigValue, Tile
@@ -54,6 +54,8 @@ TRAINING: dict[tuple[Family, Width], Seed] = {
     ("blackwell", "wide"): _alike(32, 32, 8, 2),
 }
 """Half precision with gradients: the largest blocks whose three kernels cross-compiled without a spilled register."""
+SCATTERED = _alike(32, 32, 8, 1)
+"""Half precision without gradients where loads take an address an element: see `flash_seeds.scattered`."""
 
 
 def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
@@ -66,6 +68,10 @@ def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
         found = (_alike(64, 64, 4, 2), _alike(32, 32, 4, 2))  # the interpreter pays by the operation
     elif problem.needs_grad:
         found = (TRAINING[group, size],) if (group, size) in TRAINING else ()
+        if masked(problem, group) or scattered(problem, group):
+            found = (_alike(16, 16 if size == "wide" else 32, 8, 1), *found)  # beside masks and addresses
+    elif scattered(problem, group):
+        found = (SCATTERED, *FORWARD[size])
     elif group == "rdna":
         found = (_alike(128, 64, 8, 1), _alike(64, 32, 8, 1)) if size == "narrow" else (_alike(16, 16, 8, 1),)
     else:

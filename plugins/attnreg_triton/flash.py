@@ -18,7 +18,6 @@ from .plan import MAX_KEYS, ConfigValue, Plan
 from .signatures import CompileSpec
 from .support import MAX_HEAD_DIM, flash_reasons, head_dim_reasons, machine_reasons
 
-VERSION, EARLIER = "3", "2"
 MAX_DECODE_QUERIES = 64
 MAX_DECODE_HEAD_DIM = 576
 Config = Mapping[str, ConfigValue]
@@ -91,23 +90,10 @@ def make_run(problem: Problem, plan: Plan) -> Run:
     return run
 
 
-class TritonFlash(CrossCompiled):
-    """FlashAttention-2 in Triton, forward and backward, for every band mask."""
+class _FlashKernels(CrossCompiled):
+    """What the two backends share: the kernels, and how a plan becomes a callable or compiler input."""
 
-    name = "triton_flash"
-    version, earlier = VERSION, EARLIER
-
-    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
-        """Every reason against; empty if the kernels compute the problem as said."""
-        return [
-            *machine_reasons(problem, hardware),
-            *flash_reasons(problem),
-            *head_dim_reasons(problem, MAX_HEAD_DIM),
-        ]
-
-    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
-        """Tiles, warps and stages of each kernel that the problem needs."""
-        return flash_space.flash_space(problem, hardware)
+    version, earlier = "3", "2"
 
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
@@ -122,11 +108,28 @@ class TritonFlash(CrossCompiled):
         return compile_specs(problem, make_plan(problem, config))
 
 
-class TritonDecode(CrossCompiled):
+class TritonFlash(_FlashKernels):
+    """FlashAttention-2 in Triton, forward and backward, for every band mask."""
+
+    name = "triton_flash"
+
+    def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
+        """Every reason against; empty if the kernels compute the problem as said."""
+        return [
+            *machine_reasons(problem, hardware),
+            *flash_reasons(problem),
+            *head_dim_reasons(problem, MAX_HEAD_DIM),
+        ]
+
+    def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
+        """Tiles, warps and stages of each kernel that the problem needs."""
+        return flash_space.flash_space(problem, hardware)
+
+
+class TritonDecode(_FlashKernels):
     """Split-KV decoding (Flash-Decoding): few query rows against a long cache, paged or not."""
 
     name = "triton_decode"
-    version, earlier = VERSION, EARLIER
     splits = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
@@ -147,18 +150,6 @@ class TritonDecode(CrossCompiled):
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """Tiles and the number of KV splits."""
         return flash_space.decode_space(problem, hardware)
-
-    def prepare(self, problem: Problem, config: Config) -> Run:
-        """A callable that serves the problem's bucket; kernels compile at its first call."""
-        return make_run(problem, make_plan(problem, config))
-
-    def plan(self, problem: Problem, config: Config) -> Plan:
-        """The plan of a problem, cut as the configuration says."""
-        return make_plan(problem, config)
-
-    def compile_specs(self, problem: Problem, config: Config) -> list[CompileSpec]:
-        """Compiler input of every kernel that a call of the problem starts."""
-        return compile_specs(problem, make_plan(problem, config))
 
 
 def meta_inputs(problem: Problem) -> Inputs:

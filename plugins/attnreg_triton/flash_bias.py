@@ -101,8 +101,6 @@ def bias_kernel(
     mask,
     score,
     dropout,
-    batches,
-    num_kv_heads,
     bias_heads,
     q_tiles,
     k_tiles,

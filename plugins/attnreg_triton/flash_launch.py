@@ -205,5 +205,7 @@ def bias_launch(plan: Plan, size: Sizes, shared: dict[str, Any], dbias: Tensor) 
         "sum_batches": size.batches if batch == 1 else 1,
         "sum_heads": size.heads if heads == 1 else 1,
     }
+    # A program finds its heads and sequences by the bias's own.
+    del arguments["batches"], arguments["num_kv_heads"]
     constant = constants(plan, size, tile) | {"SUM_ROWS": rows == 1, "SUM_KEYS": keys == 1}
     return Launch(bias_kernel, batch * heads * q_tiles * k_tiles, arguments, constant, options(tile))

@@ -15,6 +15,7 @@ from attnreg import Hardware, Problem
 TileTuple = tuple[int, int, int, int]
 Family = Literal["ampere", "ada", "hopper", "blackwell", "cdna", "rdna", "cpu"]
 Width = Literal["narrow", "medium", "wide", "latent"]
+NVIDIA: tuple[Family, ...] = ("ampere", "ada", "hopper", "blackwell")
 
 
 class Seeds(NamedTuple):
@@ -87,6 +88,12 @@ HALF: dict[tuple[Family, Width], Seeds] = {
 }
 BUSY = Seeds(((64, 32, 4, 2), (32, 32, 4, 2)), ((32, 32, 4, 2), (32, 16, 4, 2)), ((16, 32, 4, 2), (16, 16, 4, 2)))
 """Bias, ALiBi, documents and dropout hold tiles of their own in registers: smaller products go beside them."""
+SCATTERED = Seeds(((64, 32, 8, 2), (32, 32, 8, 2)), ((32, 32, 8, 1), (32, 16, 8, 1)), ((16, 32, 8, 1), (16, 16, 8, 1)))
+"""Where 16 does not divide a head, every element is loaded by an address of its own: few of them a thread leave
+NVIDIA's registers room for the rest."""
+SCATTERED_DECODE: tuple[TileTuple, ...] = ((16, 32, 8, 2), (16, 16, 8, 1))
+MASKED = Seeds((), ((64, 32, 8, 2),), ((16, 64, 8, 2),))
+"""Where v's columns end before their block, masks stand beside the accumulators of the backward kernels."""
 EIGHT: dict[Width, tuple[TileTuple, ...]] = {
     "narrow": ((128, 64, 8, 2), (64, 64, 4, 2)),
     "medium": ((64, 64, 8, 2), (128, 32, 8, 2)),
@@ -135,9 +142,25 @@ def product_precisions(hardware: Hardware) -> tuple[str, ...]:
     return ("tf32x3", "ieee") if hardware.kind == "cuda" else ("ieee",)
 
 
-def _busy(problem: Problem) -> bool:
+def _features(problem: Problem) -> int:
+    """How many features hold a tile of their own."""
     spec = problem.spec
-    return spec.bias or spec.alibi or spec.dropout_p > 0 or "document_ids" in spec.tensors()
+    return sum((spec.bias, spec.alibi, spec.dropout_p > 0, "document_ids" in spec.tensors()))
+
+
+def scattered(problem: Problem, group: Family) -> bool:
+    """Does the compiler load q, k or v an element at a time, on a part where that makes tiles spill?"""
+    return group in NVIDIA and bool(problem.head_dim % 16 or problem.head_dim_v % 16)
+
+
+def masked(problem: Problem, group: Family) -> bool:
+    """Do v's columns end before their block, on a part where masks of them make tiles spill?"""
+    return group in NVIDIA and bool(problem.head_dim_v & (problem.head_dim_v - 1))
+
+
+def _first(small: Seeds, best: Seeds, smallest: bool = False) -> Seeds:
+    """`best` behind `small`, of which the `smallest` take the second, smaller tiles only."""
+    return Seeds(*(few[int(smallest) :] + more for few, more in zip(small, best, strict=True)))
 
 
 def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
@@ -147,10 +170,16 @@ def _seeds(problem: Problem, group: Family, size: Width) -> Seeds:
     eight = problem.spec.dtype.compute, problem.kv_dtype if size == "wide" else ""
     if any(name.startswith("float8") for name in eight) and group not in ("cdna", "rdna"):
         return HALF[group, size]._replace(forward=(HOPPER_EIGHT if group == "hopper" else EIGHT)[size])
-    best = HALF[group, size]
-    if not _busy(problem) or size == "wide" or group == "rdna":
+    best, features = HALF[group, size], _features(problem)
+    if scattered(problem, group):
+        return _first(SCATTERED, best, smallest=size == "wide" or features > 0)
+    if masked(problem, group) and size == "wide":
+        return _first(Seeds((), best.dq[:1], SCATTERED.dkv[1:]), best)
+    if masked(problem, group) and group in ("ampere", "ada") and size == "medium" and features == 0:
+        return _first(MASKED, best)  # newer parts' products of whole tiles leave room for the larger ones
+    if features == 0 or size == "wide" or group == "rdna":
         return best
-    return Seeds(BUSY.forward + best.forward, BUSY.dq + best.dq, BUSY.dkv + best.dkv)
+    return _first(BUSY, best, smallest=features > 2)
 
 
 def _single(problem: Problem, group: Family, size: Width) -> Seeds:
@@ -174,7 +203,7 @@ def _single(problem: Problem, group: Family, size: Width) -> Seeds:
 
 def exact_products(problem: Problem, group: Family, size: Width) -> bool:
     """Do float32 seeds multiply outside the matrix unit? Where the three TF32 parts spill at the smallest tiles."""
-    if problem.dtype != "float32" or group not in ("ampere", "ada", "hopper", "blackwell"):
+    if problem.dtype != "float32" or group not in NVIDIA:
         return False
     return size in ("wide", "latent") or (size == "medium" and problem.needs_grad)
 
@@ -197,6 +226,8 @@ def forward_tiles(problem: Problem, hardware: Hardware, decode: bool = False) ->
         if size == "latent" and group in ("cdna", "rdna"):
             return ((16, 16, 4, 2),)
         tiles = ADA_DECODE if (group, size) == ("ada", "medium") else DECODE[size]
+        if scattered(problem, group):
+            tiles = SCATTERED_DECODE + tiles
         return tuple((m, n, warps, min(count, stages)) for m, n, warps, count in tiles)
     return _seeds(problem, group, size).forward
 

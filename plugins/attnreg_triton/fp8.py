@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Hardware, Problem, SearchSpace, block_of, masks, scores, sparsity
+from attnreg import Hardware, Problem, SearchSpace, block_of, masks, sparsity
 
 from . import flash_space
 from .arguments import Descale, Descales
@@ -19,7 +19,7 @@ from .fp8_launch import FLOAT8, MIN_COLUMNS, WEIGHTS, WHOLE, Quantiser, Start, d
 from .launch import Inputs, Launch, head_blocks, sizes
 from .plan import Plan
 from .signatures import CompileSpec
-from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, size_reasons
+from .support import DTYPES, MAX_HEAD_DIM, head_dim_reasons, machine_reasons, score_reasons, size_reasons
 
 E4M3 = "float8_e4m3fn"
 CARDS = {E4M3: (89, ("gfx950", "gfx1200", "gfx1201")), "float8_e5m2": (89, ("gfx950", "gfx1200", "gfx1201"))}
@@ -34,25 +34,27 @@ class TritonFp8(CrossCompiled):
     """
 
     name = "triton_fp8"
-    version, earlier = "4", "3"
+    version, earlier = "5", "3"
 
     def version_for(self, problem: Problem, hardware: Hardware) -> str:
-        """As for all backends here; the last change was also about tensors that all come as FP8."""
-        return self.version if problem.dtype in FLOAT8 else super().version_for(problem, hardware)
+        """5 changed what quantises; 4 what all backends here changed then, and tensors that all come as FP8."""
+        if _quantises(problem):
+            return self.version
+        untouched = problem.dtype not in FLOAT8 and super().version_for(problem, hardware) == self.earlier
+        return self.earlier if untouched else "4"
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Every reason against; empty if the kernels compute the problem as said."""
         spec = problem.spec
         out = [
             *machine_reasons(problem, hardware),
+            *score_reasons(problem),
             *size_reasons(problem),
             *head_dim_reasons(problem, MAX_HEAD_DIM),
         ]
         band = masks.as_band(spec.mask)
         if band is None or not isinstance(spec.sparsity, sparsity.Dense):
             out.append(f"mask {spec.mask!r} with sparsity {spec.sparsity!r} is no band; triton_block_sparse takes it")
-        if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
-            out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
         if problem.needs_grad:
             out.append(f"FP8 kernels have no backward pass; {', '.join(sorted(problem.grads))} need one")
         if problem.traced:

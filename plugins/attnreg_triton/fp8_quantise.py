@@ -63,14 +63,16 @@ def amax_kernel(
     BLOCK: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Largest magnitude of BLOCK rows, to amax [B, H, blocks] float32. Grid: blocks x heads x batches."""
+    """Largest magnitude of BLOCK rows, or NaN, to amax [B, H, blocks] float32. Grid: blocks x heads x batches."""
     program = tl.program_id(0)
     block = program % blocks
     head = program // blocks % heads
     batch = program // blocks // heads
     row = block * BLOCK + tl.arange(0, BLOCK)
     value = load_rows(x, used, batch, head, row, count, norm, D, WIDTH, ROTATE)
-    tl.store(amax + program, tl.max(tl.max(tl.abs(value), 1), 0))
+    # As integers magnitudes have the same order, with NaN above all: a maximum of floats would pass it over.
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.store(amax + program, tl.max(tl.max(bits, 1), 0).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def quantise_kernel(
     value = load_rows(x, used, batch, head, row, count, norm, D, WIDTH, ROTATE)
     line = inverse.data + batch * inverse.batch + head * inverse.head
     value = value * tl.load(line + row // inverse.block, mask=row < count, other=1.0)[:, None]
-    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)
+    value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     columns = tl.arange(0, WIDTH)
     base = out.data + batch.to(tl.int64) * out.batch + head.to(tl.int64) * out.head
     pointers = base + row.to(tl.int64)[:, None] * out.row + columns[None, :].to(tl.int64) * column_stride

@@ -48,16 +48,27 @@ def machine_reasons(problem: Problem, hardware: Hardware) -> list[str]:
     return []
 
 
+def dtype_reasons(problem: Problem) -> list[str]:
+    """A reason where q, k and v do not share one of DTYPES."""
+    if problem.dtype not in DTYPES:
+        return [f"q is {problem.dtype}; the kernels take {', '.join(DTYPES)}"]
+    if problem.kv_dtype != problem.dtype:
+        return [f"k and v are stored as {problem.kv_dtype}, q is {problem.dtype}; the kernels take one dtype"]
+    return []
+
+
+def score_reasons(problem: Problem) -> list[str]:
+    """A reason where the score is no product of q and k."""
+    score = problem.spec.score
+    if isinstance(score, (scores.ScaledDot, scores.Dot)):
+        return []
+    return [f"score {score!r}: the kernels compute scaled dot products only"]
+
+
 def flash_reasons(problem: Problem) -> list[str]:
     """Reasons that lie in what is asked: forms that the flash kernels do not compute."""
     spec = problem.spec
-    out = []
-    if problem.dtype not in DTYPES:
-        out.append(f"q is {problem.dtype}; the kernels take {', '.join(DTYPES)}")
-    elif problem.kv_dtype != problem.dtype:
-        out.append(f"k and v are stored as {problem.kv_dtype}, q is {problem.dtype}; the kernels take one dtype")
-    if not isinstance(spec.score, (scores.ScaledDot, scores.Dot)):
-        out.append(f"score {spec.score!r}: the kernels compute scaled dot products only")
+    out = [*dtype_reasons(problem), *score_reasons(problem)]
     if not isinstance(spec.sparsity, sparsity.Dense):
         out.append(f"sparsity {spec.sparsity!r}: the kernels skip by mask bounds only; triton_block_sparse takes it")
     band = masks.as_band(spec.mask)

@@ -62,9 +62,9 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def narrow_float8(value, dtype: tl.constexpr):
-    """float32 `value` within the range of e4m3 or e5m2, rounded to nearest even as hardware does.
+    """float32 `value` within the range of e4m3 or e5m2, or NaN, rounded to nearest even as hardware does.
 
-    The interpreter's own conversion loses the carry into the exponent, and denormals.
+    The interpreter's own conversion loses the carry into the exponent, denormals and NaN.
     """
     MANTISSA: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
     BIAS: tl.constexpr = 7 if dtype == tl.float8e4nv else 15
@@ -79,6 +79,7 @@ def narrow_float8(value, dtype: tl.constexpr):
     normal = ((exponent + BIAS) << MANTISSA) | ((bits >> (23 - MANTISSA)).to(tl.int32) & ((1 << MANTISSA) - 1))
     low = tl.minimum(tl.abs(rounded) * UNIT, 128.0).to(tl.int32)
     code = tl.where(exponent < 1 - BIAS, low, normal) | ((bits >> 24).to(tl.int32) & 128)
+    code = tl.where(value != value, 127, code)
     return code.to(tl.uint8).to(dtype, bitcast=True)
 
 

@@ -1,6 +1,6 @@
 """Cross-compile the kernels in every form they take; test_flash_compile runs this without the interpreter.
 
-Usage: compile_forms.py ARCH [flash|fp8]. Prints one JSON line a kernel: form, kernel, registers,
+Usage: compile_forms.py ARCH [flash|fp8|odd]. Prints one JSON line a kernel: form, kernel, registers,
 spills, shared, instructions.
 """
 
@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
-from attnreg import AttentionSpec, Hardware, Problem, TensorInfo, masks
+from attnreg import AttentionSpec, Hardware, Problem, TensorInfo, masks, sparsity
+from attnreg_triton.block_sparse import TritonBlockSparse
 from attnreg_triton.crosscompile import compile_kernel
 from attnreg_triton.flash import TritonDecode, TritonFlash
 from attnreg_triton.fp8 import TritonFp8
@@ -28,7 +29,7 @@ ALL = AttentionSpec(
 )  # fmt: skip
 
 
-Form = tuple[str, TritonFlash | TritonDecode | TritonFp8, Problem]
+Form = tuple[str, TritonFlash | TritonDecode | TritonFp8 | TritonBlockSparse, Problem]
 
 
 def flash() -> Iterator[Form]:
@@ -72,10 +73,30 @@ def fp8() -> Iterator[Form]:
         yield f"stored {name}", TritonFp8(), asked
 
 
+def odd() -> Iterator[Form]:
+    """Heads whose rows 16 does not divide, or whose columns end before their block: loads hold addresses and masks."""
+
+    def asked(spec: AttentionSpec, head_dim: int, head_dim_v: int, grads: str = "", sq: int = 2048) -> Problem:
+        return Problem(
+            spec, 2, 16, 4, sq, 2048, head_dim, head_dim, head_dim_v, dtype="bfloat16", kv_dtype="bfloat16",
+            device="cuda", grads=frozenset(grads),
+        )  # fmt: skip
+
+    causal, blocks = AttentionSpec(mask=masks.Causal()), AttentionSpec(sparsity=sparsity.BigBird(64))
+    yield "flash D72", TritonFlash(), asked(causal, 72, 72, "qkv")
+    yield "flash D96", TritonFlash(), asked(causal, 96, 96, "qkv")
+    yield "flash D160", TritonFlash(), asked(causal, 160, 160, "qkv")
+    yield "flash D200", TritonFlash(), asked(causal, 200, 200, "qkv")
+    yield "decode D100", TritonDecode(), asked(causal, 100, 100, sq=1)
+    yield "blocks D72", TritonBlockSparse(), asked(blocks, 72, 72)
+    yield "blocks D80", TritonBlockSparse(), asked(blocks, 80, 80, "qkv")
+    yield "blocks D16/80", TritonBlockSparse(), asked(blocks, 16, 80, "qkv")
+
+
 def main(arch: str, which: str = "flash") -> None:
     """Compile every form's default configuration."""
     hardware = GPUS[arch]
-    for name, backend, problem in {"flash": flash, "fp8": fp8}[which]():
+    for name, backend, problem in {"flash": flash, "fp8": fp8, "odd": odd}[which]():
         assert backend.supports(problem, hardware) == [], name
         for spec in backend.compile_specs(problem, backend.space(problem, hardware).default):
             binary = asdict(compile_kernel(spec, hardware))

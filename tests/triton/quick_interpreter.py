@@ -5,6 +5,9 @@
 - Of every sum, difference and product of integers it asks, by a dozen interpreted operations, whether it overflows, and
   drops the answer unless all of Triton is in debug mode. Here NumPy asks, and an overflow of signed integers fails.
 - It builds the table of NumPy's dtypes at every look into it. Here the answers are kept.
+- It describes every value anew: a list of sizes, each a constant that has a type of its own, once for the value and
+  once for its type. Here values of one shape share one description. It also compares and indexes such lists by
+  wrapping each number up; here numbers are compared as numbers.
 """
 
 from __future__ import annotations
@@ -58,6 +61,82 @@ def check_overflow(left: Any, right: Any, operation: Callable[..., Any]) -> None
         raise OverflowedError(f"{operation.__name__} of {kind} overflows: {found.min()} to {found.max()}")
 
 
+def described_once(describe: Callable[..., None]) -> Callable[..., None]:
+    """`block_type.__init__` that checks and describes a shape of an element type once."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    @wraps(describe)
+    def once(self: Any, element: Any, shape: Any) -> None:
+        key = (element.name, *shape)
+        if key not in known:
+            describe(self, element, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key], element_ty=element)
+
+    return once
+
+
+def shaped_once(fill: Callable[..., None]) -> Callable[..., None]:
+    """`tensor.__init__` that takes the constants of a shape from the first value that had it."""
+    known: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    @wraps(fill)
+    def once(self: Any, handle: Any, kind: Any) -> None:
+        shape = tuple(kind.shape) if kind.is_block() else ()
+        if shape in known:
+            self.handle, self.type, self.dtype = handle, kind, kind.scalar
+            self.numel, self.shape = known[shape]
+        else:
+            fill(self, handle, kind)
+            known[shape] = self.numel, self.shape
+
+    return once
+
+
+def compared_as_numbers(equal: Callable[..., Any], constant: Callable[[bool], Any]) -> Callable[..., Any]:
+    """`tuple.__eq__` that wraps nothing up where the other side holds plain integers."""
+
+    @wraps(equal)
+    def plain(self: Any, other: Any) -> Any:
+        values = getattr(other, "values", other)
+        if isinstance(values, (list, tuple)) and all(type(value) is int for value in values):
+            return constant(self.values == list(values))
+        return equal(self, other)
+
+    return plain
+
+
+def indexed_by_number(take: Callable[..., Any]) -> Callable[..., Any]:
+    """`tuple.__getitem__` that wraps no integer up."""
+
+    @wraps(take)
+    def plain(self: Any, index: Any) -> Any:
+        return self.values[index] if type(index) is int else take(self, index)
+
+    return plain
+
+
+@contextmanager
+def light_descriptions() -> Iterator[None]:
+    """Types and values that are made inside share the descriptions of their shapes."""
+    from triton.language import core
+
+    changes: list[tuple[Any, str, Callable[..., Any]]] = [
+        (core.block_type, "__init__", described_once(core.block_type.__init__)),
+        (core.tensor, "__init__", shaped_once(core.tensor.__init__)),
+        (core.tuple, "__eq__", compared_as_numbers(core.tuple.__eq__, core.constexpr)),
+        (core.tuple, "__getitem__", indexed_by_number(core.tuple.__getitem__)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, changed in changes:
+            setattr(owner, name, changed)
+        yield
+    finally:
+        for owner, name, own in before:
+            setattr(owner, name, own)
+
+
 @contextmanager
 def quick() -> Iterator[None]:
     """Kernels that start inside run like this."""
@@ -82,7 +161,8 @@ def quick() -> Iterator[None]:
     interpreter._get_np_dtype = kept
     semantic.binary_op_sanitize_overflow_impl = check_overflow
     try:
-        yield
+        with light_descriptions():
+            yield
     finally:
         interpreter._patch_lang, executor.__call__ = search, call  # type: ignore[method-assign]
         interpreter._get_np_dtype = dtypes

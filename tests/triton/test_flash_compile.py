@@ -47,6 +47,16 @@ def test_every_form_compiles(arch: str) -> None:
         assert kernel["spills"] == 0, kernel
 
 
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_defaults_of_odd_heads_do_not_spill(arch: str) -> None:
+    """What would take registers beside large tiles gets small ones."""
+    kernels = compiled(arch, "odd")
+    flash, blocks = {f"flash D{n}" for n in (72, 96, 160, 200)}, {f"blocks D{n}" for n in ("72", "80", "16/80")}
+    assert {kernel["form"] for kernel in kernels} == {*flash, *blocks, "decode D100"}
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel
+
+
 def test_stored_float8_of_every_head_compiles() -> None:
     """Where a head, its tail or a tile of keys is too narrow for an 8-bit product, values are widened instead."""
     kernels = compiled("sm_90", "fp8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,9 @@ GPUS = {
     "gfx1100": Hardware("hip", "amd", "rx7900", "gfx1100", 96, 0, (), (0, 0, 0), 65536, 196608, 32),
 }
 
+DEVICE = {"kernel", "triton.jit"}
+"""Decorators of functions that run on the device."""
+
 
 def problem(dtype: str = "bfloat16", head_dim: int = 128, **sizes: object) -> Problem:
     """A causal problem on a GPU; sizes override."""
@@ -31,7 +36,7 @@ def problem(dtype: str = "bfloat16", head_dim: int = 128, **sizes: object) -> Pr
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 96, 100, 128, 192, 200, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("grads", ["", "qkv"])
 def test_seeds_lie_in_the_space(gpu: str, head_dim: int, dtype: str, grads: str) -> None:
@@ -92,6 +97,18 @@ def test_the_machine_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch)
     assert any("CPU" in reason for reason in TritonFlash().supports(cpu, GPUS["sm_80"]))
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
     assert any("not installed" in reason for reason in TritonFlash().supports(problem(), GPUS["sm_80"]))
+
+
+def test_kernels_read_all_that_they_take() -> None:
+    """No argument is bound, specialised and passed for nothing."""
+    checked = 0
+    for path in Path(support.__file__).parent.glob("*.py"):
+        for found in ast.walk(ast.parse(path.read_text())):
+            if isinstance(found, ast.FunctionDef) and {ast.unparse(x) for x in found.decorator_list} & DEVICE:
+                read = {x.id for x in ast.walk(found) if isinstance(x, ast.Name)}
+                assert {x.arg for x in found.args.args} <= read, (path.name, found.name)
+                checked += 1
+    assert checked > 20
 
 
 def test_asking_loads_no_kernel() -> None:

@@ -77,6 +77,41 @@ def test_quantisation_is_the_emulation_bit_for_bit(compute: str, scaling: Any, r
     assert factor.block == (16 if scaling == "block" else factor.block)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("scaling", ["tensor", "block"])
+@pytest.mark.parametrize("rotate", [False, True])
+def test_what_is_not_finite_shows(name: str, value: float, scaling: Any, rotate: bool) -> None:
+    """A NaN or inf makes its scale's values NaN as in the emulation, and with them each row that attends one."""
+    precision = Precision(compute="float8_e4m3fn", scaling=scaling, rotate=rotate)
+    inputs = make_inputs(problem(AttentionSpec(mask=masks.Causal(), dtype=precision, return_lse=True)))
+    given = {x: getattr(inputs, x).clone() for x in "qkv"}
+    given[name][1, 1, 50, 3] = value
+    config = FP8.space(inputs.problem, HARDWARE).check({"block_m": 32, "block_n": 32, "block_q": 16})
+    emulation = EagerFp8().prepare(inputs.problem, {"block_q": 16, "block_kv": 32})
+    found = FP8.prepare(inputs.problem, config)(**given)
+    for x, expected in zip(found, emulation(**given), strict=True):
+        assert (x.isfinite() == expected.isfinite()).all()
+    exact, _ = oracle(AttentionSpec(mask=masks.Causal()), **given)
+    assert not exact.isfinite().all()
+    assert not found[0][~exact.isfinite()].isfinite().any()
+
+
+def test_versions_tell_what_changed() -> None:
+    """Records of caches that come as FP8 stand: version 5 changed quantisation alone."""
+    quantised, cached = (AttentionSpec(dtype=Precision(**{x: "float8_e4m3fn"})) for x in ("compute", "kv"))  # type: ignore[arg-type]  # by name
+    biased = AttentionSpec(dtype=cached.dtype, bias=True)
+    stored = {"kv_dtype": "float8_e4m3fn"}
+    asked = (
+        problem(quantised),
+        problem(quantised, dtype="float8_e4m3fn"),
+        problem(cached, **stored),
+        problem(biased, **stored),
+        problem(cached, dtype="float32", **stored),
+    )
+    assert [FP8.version_for(p, HARDWARE) for p in asked] == ["5", "4", "3", "4", "4"]
+
+
 @pytest.mark.parametrize(
     ("compute", "scaling", "rotate", "fields"),
     [
