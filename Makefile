@@ -15,12 +15,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/minilm.py
 
-# Tests that watch a worker's time or memory have the machine to themselves; the others run one a core. Triton's interpreter
-# is chosen when Triton is imported, so its tests have processes of their own, with one thread, as interpreted tiles are too
-# small for more.
+# Tests that watch a worker's time or memory have the machine to themselves, and only their files are read; the others run
+# one a core. Triton's interpreter is chosen when Triton is imported, so its tests have processes of their own, with one
+# thread, as interpreted tiles are too small for more.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --ignore tests/triton -m "not slow and not alone" -n auto --dist worksteal
-	$(BIN)/python -m pytest --ignore tests/triton -m "not slow and alone"
+	$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' 'mark\.alone' tests) -m "not slow and alone"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -n auto --dist worksteal
 
 check: $(STAMP)

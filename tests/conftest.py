@@ -20,9 +20,17 @@ PluginMaker = Callable[[str, str], None]
 
 of_workers: dict[str, dict[str, list[str]]] = {}
 
+LONGEST = (
+    "test_decode_native", "test_sanitised", "test_replay", "test_flex", "test_resume", "test_studies", "test_compilers",
+    "test_killed", "test_ahead", "test_fleet", "test_eager_traced",
+)  # fmt: skip
+"""Files whose tests take tens of seconds, the longest first."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests say why they do not run; `slow` ones run only when asked for by -m."""
+    """`gpu` tests say why they do not run; `slow` ones run only when asked for by -m. Long tests start first, so that
+    no core waits in the end for one that another began last."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     reason = "needs a CUDA or HIP device, and torch sees none here"
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

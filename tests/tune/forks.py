@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor  # torch.use_deterministic_algorithms, which the gate calls, would import it in every fork
 
 from attnreg import registry
 from attnreg.cli import app, commands

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,7 @@ from attnreg.tuning.finals import field_of, more_of
 from attnreg.tuning.outcome import level_with
 from attnreg.tuning.race import Finish, race
 from attnreg.tuning.recording import Recording, recordings
-from attnreg.tuning.replay import ReplayBench, compare
+from attnreg.tuning.replay import ReplayBench
 from attnreg.tuning.report import Looked
 from attnreg.tuning.search import Search, make_sampler
 
@@ -75,10 +76,12 @@ def test_there_are_real_recordings_of_real_size() -> None:
 
 @pytest.mark.parametrize("recording", RECORDINGS, ids=lambda r: r.name)
 def test_within_one_per_cent_with_a_quarter_of_the_looks(recording: Recording) -> None:
-    """Replays are data and seeds: this does not depend on the machine. `attnreg bench tuner` runs 20 seeds."""
-    [row] = compare([recording], seeds=5)
-    assert row.share <= 0.25
-    assert row.gap <= 0.01
+    """Replays are data and seeds: this does not depend on the machine. `attnreg bench tuner` runs 20 seeds, and random
+    search beside them."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    looks, gaps = zip(*(replay.replay(recording, seed) for seed in range(5)), strict=True)
+    assert statistics.median(looks) <= 0.25 * len(recording.points)
+    assert statistics.median(gaps) <= 0.01
 
 
 def tune(recording: Recording, seed: int) -> tuple[Finish, tuple[Looked, ...]]:
