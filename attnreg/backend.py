@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -115,7 +116,7 @@ def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> 
         seconds = float(backend.estimate(problem, hardware))  # type: ignore[attr-defined]  # optional
     except (Exception, SystemExit):
         return None
-    return seconds if seconds > 0 else None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def error_text(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import register_constant
 
 from attnreg import modes, registry
+from attnreg.backend import error_text
 from attnreg.decide import Decision, decide
 from attnreg.errors import InputError, SpecError, UnsupportedError
 from attnreg.hardware import detect
@@ -162,7 +163,7 @@ def _settle(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Decision
     A forced backend never falls back: its own error comes out.
     """
     broken: dict[str, str] = {}
-    first: Exception | None = None
+    first: Exception | SystemExit | None = None
     while True:
         try:
             made = _decide(problem, broken)
@@ -175,11 +176,11 @@ def _settle(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Decision
             return run, made, call(run)
         except (InputError, SpecError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if forced.get() is not None:
                 raise
             first = first or error
-            broken[made.backend] = f"{type(error).__name__}: {error}"
+            broken[made.backend] = error_text(error)
             warnings.warn(
                 f"attnreg: backend {made.backend!r} broke on {problem} ({broken[made.backend]}); it is set aside for "
                 "such problems and the next backend is taken. attnreg.explain shows which.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,11 +17,24 @@ Value = int | str | float | bool
 Config = Mapping[str, Value]
 
 
+_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}\Z")  # as records hold
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and _NAME.match(value) is not None
+
+
+def _recordable(value: object) -> bool:
+    """May a record hold it, and a program that reads the record get the same?"""
+    return type(value) in (bool, int) or (type(value) is float and math.isfinite(value)) or _is_name(value)
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """Named choices, constraints between them, a default and known-good seeds.
 
-    choices: name -> the ordered values it may take; neighbours in the order are neighbours in the search.
+    choices: name -> the ordered values it may take: ints, finite floats, bools, names; neighbours in the order are
+        neighbours in the search.
     constraints: (what must hold, as text for the user; a predicate over a full configuration).
     default: a valid configuration that is always safe to run. Empty choices make a space of one point, {}.
     seeds: valid configurations worth trying first, best first. Those that break a constraint are dropped.
@@ -34,6 +48,12 @@ class SearchSpace:
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", {name: tuple(values) for name, values in self.choices.items()})
         for name, values in self.choices.items():
+            if not _is_name(name):
+                raise ConfigError(f"SearchSpace: expected a name of letters, digits and _.+-, got {name!r}")
+            if unfit := [value for value in values if not _recordable(value)]:
+                raise ConfigError(
+                    f"SearchSpace: {name!r}: expected ints, finite floats, bools or names, got {unfit[0]!r}"
+                )
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"SearchSpace: {name!r} needs distinct values, got {list(values)}")
         full = {**{name: values[0] for name, values in self.choices.items()}, **self.default}

@@ -39,6 +39,7 @@ def ls(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
     if as_json:
         for layer, record in rows:
             typer.echo(json.dumps({"layer": layer, "stale": list(_stale(record)), **to_json(record)}))
+        _say_broken(broken, as_json)
         return
     table = Table(
         "layer", "machine", "problem", "winner", "time", "runner-up", "date", "state", box=None, pad_edge=False
@@ -67,8 +68,7 @@ def show(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
         for line in (f"chosen    {_choice(record)}", f"why       {match.describe()}", *match.evidence()):
             console.print(escape(line), soft_wrap=True, highlight=False)
         console.print()
-    if not as_json:
-        _say_broken(broken)
+    _say_broken(broken, as_json)
 
 
 @commands.command("diff")
@@ -88,7 +88,7 @@ def diff(left: Path, right: Path, as_json: AsJson = False) -> None:
         table.add_row(d.kind, escape(str(record.problem)), *map(escape, sides))
     if not as_json:
         wide(table) if found else console.print("no difference")
-        _say_broken([*broken_a, *broken_b])
+    _say_broken([*broken_a, *broken_b], as_json)
     if found:
         raise typer.Exit(1)
 
@@ -239,9 +239,11 @@ def _say_merged(made: db.Merged, as_json: bool, more: list[str] | None = None) -
     _say_broken(made.broken)
 
 
-def _say_broken(broken: list[Broken] | tuple[Broken, ...]) -> None:
+def _say_broken(broken: list[Broken] | tuple[Broken, ...], as_json: bool = False) -> None:
+    """What could not be read; on stderr beside JSON."""
     for b in broken:
-        _say(f"set aside {b.where}: {b.reason}", "yellow")
+        text = f"set aside {b.where}: {b.reason}"
+        typer.echo(text, err=True) if as_json else _say(text, "yellow")
 
 
 def _say(text: str, style: str = "") -> None:

@@ -55,7 +55,7 @@ def explain(
         said, batch, q_heads, q_heads if kv_heads is None else kv_heads, sq, keys,
         head_dim, head_dim, head_dim if head_dim_v is None else head_dim_v,
         total_q=batch * sq if said.layout == "thd" else 0, total_k=batch * keys if said.layout == "thd" else 0,
-        dtype=dtype, kv_dtype=dtype, device=device, square=sq == keys,
+        dtype=dtype, kv_dtype=dtype if said.dtype.kv == "same" else said.dtype.kv, device=device, square=sq == keys,
         grads=frozenset("qkv") if grad else frozenset(),
     )  # fmt: skip
     entries = batch * max(sq * q_heads, keys * problem.kv_heads) * max(head_dim, problem.head_dim_v)

@@ -93,6 +93,13 @@ def tune(
     if target is not None or static:
         if target is None or not static:
             raise typer.BadParameter("--target and --static go together: what is not here cannot be measured")
+        for name, given in (
+            ("--dry-run", dry_run),
+            ("--storage", storage is not None),
+            ("--cache cold", cache == "cold"),
+        ):
+            if given:
+                raise typer.BadParameter(f"{name} does not go with --static, which measures nothing")
         known_target(target)
         tune_for(cases, target, budget, names, keep, as_json, jobs)
     elif dry_run:

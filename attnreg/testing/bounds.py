@@ -49,7 +49,7 @@ class Truth:
     after: Truth | None = None
 
     def weights(self, again: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The weights for one backward pass, which may write to them. again: not dense, but transposed in memory.
+        """The weights for one backward pass. again: not dense, but transposed in memory.
 
         Those of a sum have stride 0 in every dimension, as `out.sum().backward()` gives them.
         """

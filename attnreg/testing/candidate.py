@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnreg.backend import error_text
 from attnreg.testing.bounds import Limit, Truth, find_truths, lse_rows
 from attnreg.testing.inputs import Inputs
 from attnreg.testing.run_once import (
@@ -76,8 +77,8 @@ def check_candidate(
         measured = _measured(run, inputs, truth, poison)
     except Refused as why:
         return GateResult(False, str(why), float("inf"), 0.0, case=case, checked=0)
-    except Exception as error:
-        return GateResult(False, f"raised {type(error).__name__}: {error}", float("inf"), 0.0, case=case, checked=0)
+    except (Exception, SystemExit) as error:
+        return GateResult(False, f"raised {error_text(error)}", float("inf"), 0.0, case=case, checked=0)
     (off, bound), (grad_off, grad_bound) = measured[-1]
     grads = bool(inputs.leaves)
     return GateResult(True, "", off, bound, grad_off if grads else None, grad_bound if grads else None, case)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from attnreg.backend import Backend
+from attnreg.backend import Backend, error_text
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem, bucket_size
 from attnreg.space import Config
@@ -79,8 +79,8 @@ def check_backend(
         try:
             if bucket not in prepared:
                 prepared[bucket] = _prepare(backend, bucket, config, hardware, first=not results)
-        except Exception as error:
-            reason = f"prepare raised {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:
+            reason = f"prepare raised {error_text(error)}"
             return GateResult(False, reason, float("inf"), case=str(inputs), checked=len(results))
         run, known = prepared[bucket], truths if truths is not None else {}
         if (trial, budget) not in known and not inputs.problem.spec.dropout_p:

@@ -52,7 +52,11 @@ def run_once(run: Callable[..., Any], inputs: Inputs, grad_out: Tensor, grad_lse
                 raise Refused("lse does not require a gradient: lse must be differentiable")
             outputs.append(lse)
             weights.append(grad_lse)
+        before = [(x.clone(), x._version) for x in weights]
         given = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
+        for name, x, (values, version) in zip(("out", "lse"), weights, before, strict=False):
+            if x._version != version or not torch.equal(x, values):  # other branches of the graph receive it too
+                raise Refused(f"the upstream gradient of {name} was changed")
         for (name, leaf), grad in zip(leaves.items(), given, strict=True):
             grads[name] = grad
             if grad is not None and (grad.shape != leaf.shape or grad.dtype != leaf.dtype):

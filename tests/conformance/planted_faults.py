@@ -248,6 +248,25 @@ def no_sums(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]
     return _join(_NoRepeats.apply(out), rest)
 
 
+class _Scales(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        kept = grad.clone()
+        if 0 not in grad.stride():
+            grad.mul_(1.5)
+        return kept
+
+
+def changes_upstream(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Uses the gradient that it is given as scratch, which a residual connection shares."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(_Scales.apply(out), rest)
+
+
 _buffers: dict[Any, Tensor] = {}
 
 

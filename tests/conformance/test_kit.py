@@ -52,6 +52,7 @@ FAULTS = [
     (planted.dense_grad, PLAIN, "the problem itself: grad of q: error"),
     (planted.dense_grad_of_lse, PLAIN, "the problem itself: grad of q: error"),
     (planted.no_sums, PLAIN, "the gradients of a sum, of stride 0: grad of q: error"),
+    (planted.changes_upstream, PLAIN, "the upstream gradient of out was changed"),
     (planted.one_buffer, replace(PLAIN, grads=frozenset()), "out shares its memory with out of the run before"),
     (planted.remembers_keys, PLAIN, "the problem itself: out: error"),
 ]

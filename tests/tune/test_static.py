@@ -125,6 +125,10 @@ def test_the_command_line(compiler: Compiler) -> None:
     run = CliRunner()
     command = ["tune", "--suite", "prefill", "--only", "S512", "--target", "gfx942", "--backends", "compiler"]
     assert run.invoke(app, command).exit_code == 2  # other hardware cannot be measured: --static must be said
+    for wrong in ("--dry-run", "--storage=x.journal", "--cache=cold"):
+        said = run.invoke(app, [*command, "--static", wrong])
+        assert said.exit_code == 2
+        assert "does not go with --static" in " ".join(said.output.split())
     made = run.invoke(app, [*command, "--static", "--json", "--jobs", "0"])
     assert made.exit_code == 0
     assert json.loads(made.stdout)["choice"] == "compiler(block=128, stages=1)"

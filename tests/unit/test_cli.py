@@ -85,6 +85,7 @@ def test_explain_tells_the_decision_the_reasons_and_draws() -> None:
         ["--layout", "thd"],
         ["--mask", "padding & causal", "--grad"],
         ["--dtype", "bfloat16", "--skv", "100"],
+        ["--spec", '{"dtype": {"kv": "int8", "scaling": "head"}}', "--mask", "causal"],
     ],
 )
 def test_explain_as_json(options: list[str]) -> None:

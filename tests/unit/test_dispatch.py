@@ -19,6 +19,11 @@ from attnreg import AttentionSpec, SearchSpace, errors, hot, masks, registry, sc
 from attnreg.registry import Entry, Registry
 
 
+class _UnsaidError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
 class Fake:
     """A backend for tests: computes by torch, counts what is asked of it, and breaks when told to."""
 
@@ -40,6 +45,10 @@ class Fake:
         self.prepared.append((problem, dict(config)))
         if self.break_at == "prepare":
             raise RuntimeError("cannot compile")
+        if self.break_at == "exit":
+            raise SystemExit(3)
+        if self.break_at == "unsaid":
+            raise _UnsaidError
 
         def run(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
             if self.break_at == "run":
@@ -189,6 +198,14 @@ def test_a_backend_that_breaks_is_set_aside_aloud_unless_forced(step: str, put: 
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match=r"cannot compile|illegal instruction"):
             attnreg.attention(FULL, q, k, v)
+
+
+@pytest.mark.parametrize(("step", "said"), [("exit", "SystemExit: 3"), ("unsaid", "_UnsaidError")])
+def test_whatever_a_backend_raises_sets_it_aside(step: str, said: str, put: Any, fresh: hot.HotTable) -> None:
+    put(Fake("cpu", break_at=step), Fake("sdpa"))
+    with pytest.warns(RuntimeWarning, match=said):
+        attnreg.attention(FULL, *qkv())
+    assert attnreg.explain(FULL, *qkv()).backend == "sdpa"
 
 
 def test_where_every_backend_refuses_all_reasons_are_told(put: Any, fresh: hot.HotTable) -> None:
