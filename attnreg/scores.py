@@ -31,8 +31,8 @@ class ScaledDot(Score):
     def __post_init__(self) -> None:
         if self.scale is not None:
             check_float(self, "scale")
-            if not 2**-126 <= abs(self.scale) <= 1e38 and self.scale != 0:
-                raise SpecError(f"ScaledDot(scale): expected 0 or a size of 2**-126 .. 1e38, got {self.scale}")
+            if abs(self.scale) > 1e38:
+                raise SpecError(f"ScaledDot(scale): expected a size that float32 holds, up to 1e38, got {self.scale}")
 
     def factor(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale

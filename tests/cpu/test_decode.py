@@ -11,7 +11,7 @@ import torch
 from cpu_cases import CASES, Case, Make
 from torch import Tensor
 
-from attnreg import AttentionSpec, Problem, hardware, masks, sparsity
+from attnreg import AttentionSpec, Problem, attention, hardware, masks, scores, sparsity, use_backend
 from attnreg.testing.oracle import attend, oracle
 from attnreg.testing.sequences import put_together
 from attnreg.validate import check
@@ -113,7 +113,11 @@ DECODE += [
 ]
 # The forward kernels' table too: more rows than decoding is chosen for, but the law holds for any number.
 TABLE_CASES = [
-    c for c in CASES if read_conjunction(c.spec.mask) is not None and isinstance(c.spec.sparsity, sparsity.Dense)
+    c
+    for c in CASES
+    if read_conjunction(c.spec.mask) is not None
+    and isinstance(c.spec.sparsity, sparsity.Dense)
+    and not isinstance(c.spec.score, (scores.General, scores.Additive))
 ]
 CUTS: list[dict[str, Any]] = [
     {"kv_splits": 1, "block_kv": 32, "prefetch": 0, "streams": 1},
@@ -313,3 +317,19 @@ def test_many_rows_decode_where_prefill_would_leave_cores_idle() -> None:
         exact_out, exact_lse = oracle(spec(), q, k, v)
         assert error(out, exact_out) <= 2e-6
         assert error(lse, exact_lse) <= 4e-6
+
+
+@pytest.mark.parametrize("score", [scores.General(), scores.Additive()], ids=str)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_step_with_a_trained_score(score: scores.Score, layout: Any) -> None:
+    """The general score decodes as a dot product of weighted queries; the additive one is left to prefill."""
+    step = spec(mask=CAUSAL, score=score, layout=layout)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 24, generator=g) for h, n in ((4, 1), (2, 333), (2, 333)))
+    q, k, v = (x.transpose(1, 2).contiguous() if layout == "bshd" else x for x in (q, k, v))
+    weight = torch.randn(4, 24, *([24] if isinstance(score, scores.General) else []), generator=g) / 5
+    with use_backend("cpu"):
+        out, lse = attention(step, q, k, v, score_weight=weight)
+    want, want_lse = oracle(step, q, k, v, score_weight=weight)
+    assert error(out, want) <= 5e-6
+    assert error(lse, want_lse) <= 5e-6
