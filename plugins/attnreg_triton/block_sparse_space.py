@@ -56,6 +56,9 @@ TRAINING: dict[tuple[Family, Width], Seed] = {
 """Half precision with gradients: the largest blocks whose three kernels cross-compiled without a spilled register."""
 SCATTERED = _alike(32, 32, 8, 1)
 """Half precision without gradients where loads take an address an element: see `flash_seeds.scattered`."""
+MASKED = _alike(16, 32, 8, 1)
+MASKED_WIDE = _alike(16, 16, 8, 1)
+"""Half precision with gradients where loads do that (`MASKED`), or hold masks of columns: see `flash_seeds.masked`."""
 
 
 def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
@@ -68,8 +71,10 @@ def seed_blocks(problem: Problem, hardware: Hardware) -> tuple[Seed, ...]:
         found = (_alike(64, 64, 4, 2), _alike(32, 32, 4, 2))  # the interpreter pays by the operation
     elif problem.needs_grad:
         found = (TRAINING[group, size],) if (group, size) in TRAINING else ()
-        if masked(problem, group) or scattered(problem, group):
-            found = (_alike(16, 16 if size == "wide" else 32, 8, 1), *found)  # beside masks and addresses
+        if scattered(problem, group):
+            found = (MASKED, *found)
+        elif masked(problem, group):
+            found = (MASKED_WIDE if size == "wide" else MASKED, *found)
     elif scattered(problem, group):
         found = (SCATTERED, *FORWARD[size])
     elif group == "rdna":
