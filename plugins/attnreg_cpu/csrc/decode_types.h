@@ -78,8 +78,7 @@ ATTNREG_INLINE vfloat load_among_sums(const e5m2_t* p) {
 #endif
 #endif
 
-#if defined(ATTNREG_AVX2) && \
-    (defined(__znver1__) || defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__))
+#if defined(ATTNREG_AVX2) && defined(ATTNREG_ZEN)
 // Shifted by 20, the exponent and mantissa stand in float32's place below five copies of the sign, of which four go, and lack 120 of the
 // exponent's bias. Subnormals come out right, as subnormals: a Zen 3 multiplies them at full speed (measured; the other Zens are
 // taken to), an Intel core does not.

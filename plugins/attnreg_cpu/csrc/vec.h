@@ -23,6 +23,11 @@
 #define ATTNREG_NEON 1
 #endif
 
+// AMD's cores. A compiler that does not know one yet takes it for the newest that it knows.
+#if defined(__znver1__) || defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+#define ATTNREG_ZEN 1
+#endif
+
 // A sanitised build leaves inlining to the compiler, and would take minutes otherwise.
 #if defined(__SANITIZE_ADDRESS__)
 #define ATTNREG_INLINE inline
