@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from attnreg import Hardware, errors
 from attnreg_cpu import build
 from attnreg_cpu.decode import CACHES
-from attnreg_cpu.tuning_space import VECTORS, pairs_of, preferred_vectors
+from attnreg_cpu.product import products_of
+from attnreg_cpu.tuning_space import VECTORS, preferred_vectors
 from attnreg_cpu.variant import ELEMENTS, Variant
 
 HEAD_DIMS = (64, 96, 128)
@@ -59,9 +60,9 @@ def _work(
     for cache in CACHES.values():
         yield "decode.cpp", {"ATTNREG_CACHE": cache}
     for dtype in dtypes:
-        pairs = pairs_of(dtype, hardware)
+        products = products_of(dtype, hardware)
         for head_dim in head_dims:
             for vectors in VECTORS if whole_space else preferred_vectors(hardware):
-                for pair in pairs if whole_space else pairs[:1]:
+                for product in products if whole_space else products[:1]:
                     for source in ("forward.cpp", "backward.cpp") if gradients else ("forward.cpp",):
-                        yield source, Variant(source, head_dim, head_dim, dtype, vectors, pair).defines()
+                        yield source, Variant(source, head_dim, head_dim, dtype, vectors, product).defines()

@@ -31,7 +31,7 @@ def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | b
     # Scratch memory is as long as a run, and a run holds at least a block of the layout.
     settings["block_kv"] = max(settings["block_kv"], int(config.get("layout_kv", 0)))
     arguments = Arguments(problem, mask, settings)
-    shape = int(config["vectors"]), bool(config["pairs"])
+    shape = int(config["vectors"]), str(config["product"])
     kernel = variant_of("forward.cpp", problem, *shape).kernel("attnreg_forward")
     forward = Forward(problem, kernel, arguments, layouts)
     if not problem.needs_grad:

@@ -6,6 +6,7 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace, scores
 from attnreg_cpu import build
+from attnreg_cpu.product import products_of
 from attnreg_cpu.sparse import needs_layout
 from attnreg_cpu.variant import ELEMENTS, variants_of
 
@@ -22,28 +23,18 @@ def lanes_of(hardware: Hardware) -> int:
     return LANES.get(hardware.arch, 4)
 
 
-def has_bfloat_dot(hardware: Hardware) -> bool:
-    """Does the CPU multiply bfloat16 pairs in one instruction that the kernels use?"""
-    return "avx512_bf16" in hardware.isa and lanes_of(hardware) == 16
-
-
 def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
     """Tile widths that are used without tuning, best first: those whose micro-kernel comes nearest to the FMA peak."""
     return (3, 2) if REGISTERS.get(hardware.arch, 32) == 16 else (2, 3)
 
 
-def pairs_of(dtype: str, hardware: Hardware) -> list[bool]:
-    """By the CPU's dot instruction or not: the ways to multiply this dtype, best first."""
-    return [True, False] if dtype == "bfloat16" and has_bfloat_dot(hardware) else [False]
+def every_shape(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
+    """(vectors, product) of all micro-kernels that could compute the problem."""
+    sums = isinstance(problem.spec.score, scores.Additive)  # no product to speak of
+    return [(n, product) for product in (["fma"] if sums else products_of(problem.dtype, hardware)) for n in VECTORS]
 
 
-def every_shape(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
-    """(vectors, pairs) of all micro-kernels that could compute the problem."""
-    sums = isinstance(problem.spec.score, scores.Additive)  # no product to take pairs
-    return [(n, pairs) for pairs in ([False] if sums else pairs_of(problem.dtype, hardware)) for n in VECTORS]
-
-
-def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
+def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
     """Those whose kernels the cache holds: what can run without a compiler."""
     every = every_shape(problem, hardware) if problem.dtype in ELEMENTS else []
     return [shape for shape in every if all(kernel.is_ready() for kernel in variants_of(problem, *shape))]
@@ -52,9 +43,9 @@ def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (what is
-    copied to dense memory first, of what can be read where it lies) and, for bfloat16, pairs (the CPU's bfloat16 dot,
-    or float32 products). Where the mask needs a block layout, its blocks: layout_q, layout_kv. Without a compiler,
-    only kernels that lie ready are on offer.
+    copied to dense memory first, of what can be read where it lies) and product (multiply-adds, or for bfloat16 the
+    CPU's dot instruction or AMX). Where the mask needs a block layout, its blocks: layout_q, layout_kv. Without a
+    compiler, only kernels that lie ready are on offer.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
@@ -74,19 +65,19 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         return bool(c["block_kv"] >= c.get("layout_kv", 0))
 
     shapes = _shapes(problem, hardware)
-    preferred, by_pairs = shapes[0]
+    preferred, product = shapes[0]
     # Rows of other heads lie between the rows of one, so a run of keys falls on few sets of the L1 cache (measured:
     # 17.0 ms against 13.5 packed, 32 heads of 128 under bshd).
     apart = problem.spec.layout != "bhsd" or problem.strides[1] != "contiguous"
-    packs = _packs(problem, by_pairs)
+    packs = _packs(problem, product)
     pack = packs[-1] if apart else packs[0]
-    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "pairs": by_pairs}
+    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "product": product}
     choices: dict[str, Any] = {
         "vectors": sorted({vectors for vectors, _ in shapes}),
         "tiles": [1, 2, 4, 8, 16],
         "block_kv": [32, 64, 96, 128, 192, 256, 384],
         "pack": packs,
-        "pairs": sorted({pairs for _, pairs in shapes}, reverse=True),
+        "product": list(dict.fromkeys(product for _, product in shapes)),
     }
     if needs_layout(problem):
         choices |= {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
@@ -102,31 +93,31 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
             ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
-            ("its kernels can be compiled or lie ready", lambda c: (c["vectors"], c["pairs"]) in shapes),
+            ("its kernels can be compiled or lie ready", lambda c: (c["vectors"], c["product"]) in shapes),
         ],
         seeds=[{**default, **change} for change in changes],
     )
 
 
-def _shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, bool]]:
-    """(vectors, pairs) on offer, the default first."""
+def _shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
+    """(vectors, product) on offer, the default first."""
     most = max(1, -(-problem.sq * problem.group // lanes_of(hardware)))
     every = every_shape(problem, hardware)
-    by_pairs = every[0][1]
+    product = every[0][1]
     if build.find_compiler() is None:
         every = ready_shapes(problem, hardware) or every
     # A tile that is wider than the rows wastes lanes; it is taken where nothing narrower lies ready.
     fitting = [shape for shape in every if shape[0] <= max(most, min(every)[0])]
     best = min(preferred_vectors(hardware)[0], max(n for n, _ in fitting))
     order = (best, *preferred_vectors(hardware), *VECTORS)
-    return sorted(fitting, key=lambda shape: (shape[1] != by_pairs, order.index(shape[0])))
+    return sorted(fitting, key=lambda shape: (shape[1] != product, order.index(shape[0])))
 
 
-def _packs(problem: Problem, pairs: bool) -> list[str]:
+def _packs(problem: Problem, product: str) -> list[str]:
     """What can be read in place are rows that hold the products' operands: float32, and keys of bfloat16 pairs."""
     if problem.dtype == "float32":
         return list(PACKS)
-    return list(PACKS[1:] if pairs else PACKS[2:])
+    return list(PACKS[2:] if product == "fma" else PACKS[1:])
 
 
 def _promising(preferred: int) -> list[dict[str, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnreg import Problem, errors, scores
-from attnreg_cpu import build, params
+from attnreg_cpu import build, params, product
 
 ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
 Kernel = Callable[[bytes], int]
@@ -18,8 +18,8 @@ Kernel = Callable[[bytes], int]
 class Variant:
     """One compiled kernel.
 
-    source: its file in csrc. dtype: of q, k, v. vectors: registers of query rows in a tile. pairs: bfloat16
-    products by the CPU's dot instruction, where it has one. additive: Bahdanau's score instead of a product.
+    source: its file in csrc. dtype: of q, k, v. vectors: registers of query rows in a tile. product: how it
+    multiplies, of product.PRODUCTS. additive: Bahdanau's score instead of a product.
     """
 
     source: str
@@ -27,7 +27,7 @@ class Variant:
     head_dim_v: int
     dtype: str
     vectors: int
-    pairs: bool = False
+    product: str = "fma"
     additive: bool = False
 
     def defines(self) -> dict[str, int | str]:
@@ -36,7 +36,7 @@ class Variant:
             "ATTNREG_HEAD_K": self.head_dim,
             "ATTNREG_HEAD_V": self.head_dim_v,
             "ATTNREG_ELEMENT": ELEMENTS[self.dtype],
-            "ATTNREG_PAIRS": int(self.pairs),
+            "ATTNREG_PRODUCT": product.PRODUCTS.index(self.product),
             "ATTNREG_VECTORS": self.vectors,
             "ATTNREG_ADDITIVE": int(self.additive),
         }
@@ -54,20 +54,22 @@ class Variant:
         return load_kernel(self, symbol)
 
 
-def variants_of(problem: Problem, vectors: int, pairs: bool) -> list[Variant]:
+def variants_of(problem: Problem, vectors: int, product: str) -> list[Variant]:
     """The kernels that a prefill problem needs under this shape of the micro-kernel."""
     sources = ("forward.cpp", "backward.cpp") if problem.needs_grad else ("forward.cpp",)
-    return [variant_of(source, problem, vectors, pairs) for source in sources]
+    return [variant_of(source, problem, vectors, product) for source in sources]
 
 
-def variant_of(source: str, problem: Problem, vectors: int, pairs: bool) -> Variant:
+def variant_of(source: str, problem: Problem, vectors: int, product: str) -> Variant:
     """The kernel in `source` for a prefill problem under this shape of the micro-kernel."""
     additive = isinstance(problem.spec.score, scores.Additive)
-    return Variant(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, pairs, additive)
+    return Variant(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, product, additive)
 
 
 @functools.cache
 def load_kernel(variant: Variant, symbol: str) -> Kernel:
+    if variant.product == "amx" and product.refused():
+        raise errors.BackendError("attnreg_cpu: the operating system refuses the CPU's tile registers (AMX)")
     library = build.load(build.build(variant.source, variant.defines()))
     size = library.attnreg_params_size
     size.restype = ctypes.c_int64

@@ -3,7 +3,10 @@
 
 using namespace attnreg;
 
-#if ATTNREG_PAIRS && defined(ATTNREG_HAS_PAIRS)
+// ATTNREG_PRODUCT: 0 multiply-adds, 1 the dot instruction of bfloat16 pairs, 2 AMX.
+#if ATTNREG_PRODUCT == 2 && defined(ATTNREG_HAS_AMX)
+typedef BlockPair Factor;
+#elif ATTNREG_PRODUCT >= 1 && defined(ATTNREG_HAS_PAIRS)
 typedef Pair Factor;
 #else
 typedef Single Factor;
@@ -14,5 +17,6 @@ ATTNREG_EXPORT_PARALLEL
 ATTNREG_EXPORT int64_t attnreg_params_size() { return sizeof(Params); }
 
 ATTNREG_EXPORT int64_t attnreg_backward(const Params* p) {
-    return guarded([p] { return Backward<ATTNREG_ELEMENT, Factor, ATTNREG_HEAD_K, ATTNREG_HEAD_V, ATTNREG_VECTORS, bool(ATTNREG_ADDITIVE)>(*p).run(); });
+    typedef Backward<ATTNREG_ELEMENT, Factor, ATTNREG_HEAD_K, ATTNREG_HEAD_V, ATTNREG_VECTORS, bool(ATTNREG_ADDITIVE)> Kernel;
+    return guarded([p] { return Kernel(*p).run(); });
 }

@@ -6,7 +6,7 @@
 
 #include "decode_product.h"
 #include "decode_scores.h"
-#include "micro.h"
+#include "pack.h"
 #include "softmax.h"
 
 namespace attnreg {
@@ -126,18 +126,6 @@ ATTNREG_ALONE void add_lanes(const float* weights, const float* rescale, const f
     add(std::integral_constant<int, micro_rows(NV)>());
     add(std::integral_constant<int, 4>());
     add(std::integral_constant<int, 1>());
-}
-
-// Sums of rows in lanes as rows: out[lane * out_stride + c] for `rows` lanes; columns up to the next multiple of LANES are written.
-inline void sums_to_rows(const float* sums, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t out_stride) {
-    for (int64_t r = 0; r < rows; r += LANES) {
-        for (int64_t c = 0; c < dim; c += LANES) {
-            vfloat block[LANES];
-            for (int i = 0; i < LANES; ++i) block[i] = c + i < dim ? load(sums + (c + i) * stride + r) : zero();
-            transpose(block);
-            for (int i = 0; i < LANES; ++i) store(out + (r + i) * out_stride + c, block[i]);
-        }
-    }
 }
 
 }  // namespace attnreg

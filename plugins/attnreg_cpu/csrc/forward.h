@@ -39,6 +39,7 @@ class Forward {
                 failed = 1;
                 return;
             }
+            [[maybe_unused]] const Registers<Operand> registers;
             Worker worker(*this, scratch);
             worker.attend(item);
         });
@@ -47,12 +48,16 @@ class Forward {
 
   private:
     static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
-    static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr bool BLOCKS = Operand::BLOCK > 1;
+    static constexpr int OPERANDS_K = operands_of<Operand>(HEAD_K);
     static constexpr int PADDED_K = whole_registers(OPERANDS_K), PADDED_V = whole_registers(HEAD_V);
     static constexpr int PANELS = (HEAD_V + PANEL - 1) / PANEL;
+    // Keys that the product of NV vectors takes at once, and the fewest that there may be.
+    static constexpr int64_t keys_at_once(int nv) { return BLOCKS ? Operand::BLOCK : micro_rows(nv); }
+    static constexpr int64_t fewest_keys(int nv) { return BLOCKS ? Operand::BLOCK : least_keys(nv); }
     // Rows of keys can be read where they lie if they hold the very operands that the product takes.
     static constexpr bool KEYS_IN_PLACE =
-        std::is_same<T, float>::value || (std::is_same<Operand, Pair>::value && HEAD_K % 2 == 0);
+        std::is_same<T, float>::value || (Operand::WIDTH == 2 && HEAD_K % (Operand::WIDTH * Operand::BLOCK) == 0);
     static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value && HEAD_V % LANES == 0;
 
     int64_t total_items() const {
@@ -90,21 +95,26 @@ class Forward {
     struct Buffers {
         Operand *keys, *values;
         float *scores, *peak, *rescale, *bias, *allowed;
+        float* rows;  // blocks only: output turned to rows
         int32_t* bits;
     };
 
     void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
         const int64_t block = p_.block_kv + MOST_ROWS;
         b.keys = carver.take<Operand>(block * PADDED_K);
-        b.values = carver.take<Operand>(block * PANELS * PANEL);
+        b.values = carver.take<Operand>(BLOCKS ? PADDED_V * column_stride() : block * PANELS * PANEL);
         b.scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
         b.rescale = carver.take<float>(FULL);
+        b.rows = carver.take<float>(BLOCKS ? LANES * PADDED_V : 0);
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
         for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t], ADDITIVE);
     }
+
+    // Pairs of keys in a row of values, of blocks: a tile's run may begin anywhere in it, and reads whole blocks.
+    int64_t column_stride() const { return ((p_.block_kv + 1) / 2 + 2 * Operand::BLOCK - 1) / Operand::BLOCK * Operand::BLOCK; }
 
     // A run of keys ready for the products.
     struct Run {
@@ -170,6 +180,7 @@ class Forward {
                     pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, t, i, p_.cu_q != nullptr);
                 }
                 pack_lanes<HEAD_K>(pointers, t.count, t.lanes(), t.query);
+                if constexpr (BLOCKS) std::fill(t.query + (HEAD_K + 1) / 2 * t.lanes(), t.query + OPERANDS_K * t.lanes(), Operand{});
                 if constexpr (ADDITIVE) load_weights<HEAD_K>(p_, t);
                 t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
@@ -194,7 +205,11 @@ class Forward {
                 run.keys = reinterpret_cast<const Operand*>(keys_.at(first));
                 run.key_stride = keys_.row / Operand::WIDTH;
             }
-            if (!VALUES_IN_PLACE || p_.pack > 0 || paged) {
+            if constexpr (BLOCKS) {
+                const int64_t stride = f_.column_stride();
+                pack_columns<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, stride, b_.values);
+                run.values = {b_.values, 1, stride};
+            } else if (!VALUES_IN_PLACE || p_.pack > 0 || paged) {
                 const int64_t panel = panel_length(p_);
                 pack_values<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, panel, b_.values);
                 run.values = {b_.values, PANEL, panel};
@@ -260,7 +275,7 @@ class Forward {
             if constexpr (ADDITIVE) {
                 add_scores<NV - V, NV, HEAD_K>(count, keys, run.key_stride, query, t.weight + V * LANES, scores, peak + V * LANES);
             } else {
-                const int64_t enough = std::max<int64_t>(count, least_keys(NV - V));
+                const int64_t enough = std::max<int64_t>(count, fewest_keys(NV - V));
                 multiply_scores<NV - V, NV, OPERANDS_K>(enough, keys, run.key_stride, query, scores, peak + V * LANES);
             }
         }
@@ -274,7 +289,7 @@ class Forward {
                 end = std::min<int64_t>(end, *std::max_element(last, last + LANES) + 1 - run.first);
             }
             if (first < end) {
-                const int64_t begin = std::max<int64_t>(std::min<int64_t>(first, end - least_keys(NV - V)), 0);
+                const int64_t begin = std::max<int64_t>(std::min<int64_t>(first, end - fewest_keys(NV - V)), 0);
                 score<NV, V>(run, t, begin, end - begin, peak);
             }
             if constexpr (V + 1 < NV) {
@@ -285,7 +300,7 @@ class Forward {
         // The same for the whole run where nothing but bounds masks: keys that every row may attend are left as they are.
         template <int NV>
         void score_within(const Run& run, const Tile<Operand>& t, bool bounded) {
-            constexpr int64_t MR = micro_rows(NV);
+            constexpr int64_t MR = keys_at_once(NV);
             float* unused = b_.rescale;  // the maximum of keys of which some are masked
             int64_t begin = 0, end = run.count;
             if (bounded) {
@@ -314,13 +329,20 @@ class Forward {
                 for (int64_t i = 0; i < t.count; ++i) {
                     const float factor = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
                     T* out = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, t, i, p_.cu_q != nullptr);
-                    narrow_row<HEAD_V>(t.output + i * PADDED_V, factor, out);
+                    narrow_row<HEAD_V>(output_row(t, i), factor, out);
                     if (p_.lse) {
                         *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) =
                             t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
                     }
                 }
             }
+        }
+
+        // Row i of the tile's output, asked for in order.
+        const float* output_row(const Tile<Operand>& t, int64_t i) {
+            if constexpr (!BLOCKS) return t.output + i * PADDED_V;
+            if (i % LANES == 0) sums_to_rows(t.output + i, t.lanes(), LANES, HEAD_V, b_.rows, PADDED_V);
+            return b_.rows + i % LANES * PADDED_V;
         }
 
         const Forward& f_;

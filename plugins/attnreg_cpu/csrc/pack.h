@@ -84,6 +84,18 @@ void pack_rows(const bfloat_t* const* rows, int64_t count, int64_t lanes, Pair* 
     }
 }
 
+// Sums of rows in lanes as rows: out[lane * out_stride + c] for `rows` lanes; columns up to the next multiple of LANES are written.
+inline void sums_to_rows(const float* sums, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; r += LANES) {
+        for (int64_t c = 0; c < dim; c += LANES) {
+            vfloat block[LANES];
+            for (int i = 0; i < LANES; ++i) block[i] = c + i < dim ? load(sums + (c + i) * stride + r) : zero();
+            transpose(block);
+            for (int i = 0; i < LANES; ++i) store(out + (r + i) * out_stride + c, block[i]);
+        }
+    }
+}
+
 // out[d] = factor * source[d] for CHANNELS values.
 template <int CHANNELS, class T>
 ATTNREG_INLINE void narrow_row(const float* source, float factor, T* out) {
@@ -126,6 +138,24 @@ void pack_values(RowAt row_at, int64_t count, int64_t panel, Pair* out) {
         for (int64_t d = 0; d < CHANNELS; d += LANES) {
             const vuint both = pair_rows<CHANNELS>(first, second, d);
             std::memcpy(out + d / PANEL * panel + j / 2 * PANEL + d % PANEL, &both, sizeof(both));
+        }
+    }
+}
+
+// Values as rows of channels, pairs of keys along them: out[channel][j / 2], rows that lie `stride` apart. Zeros behind the last key, up
+// to the stride, and behind the last channel, up to whole registers.
+template <int CHANNELS, class T, class RowAt>
+void pack_columns(RowAt row_at, int64_t count, int64_t stride, Pair* out) {
+    for (int64_t j = 0; j < 2 * stride; j += 2 * LANES) {
+        for (int64_t d = 0; d < CHANNELS; d += LANES) {
+            vfloat block[LANES];
+            repeat<LANES>([&](int i) ATTNREG_LAMBDA {
+                const int64_t first = j + 2 * i;
+                const T* even = first < count ? row_at(first) : nullptr;
+                block[i] = (vfloat)pair_rows<CHANNELS>(even, first + 1 < count ? row_at(first + 1) : nullptr, d);
+            });
+            transpose(block);
+            for (int i = 0; i < LANES; ++i) std::memcpy(out + (d + i) * stride + j / 2, &block[i], sizeof(vfloat));
         }
     }
 }

@@ -162,18 +162,22 @@ ATTNREG_ALONE void online_softmax(Pair* weights, const float* scores, int64_t co
     vfloat base[NV], total[NV] = {};
     vint far[NV];
     const auto weigh = [&](auto any) ATTNREG_LAMBDA {
-        for (int64_t j = 0; j < count; j += 2) {
+        const auto both = [&](int64_t j, auto last) ATTNREG_LAMBDA {
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
-                const int64_t at = (j * NV + v) * LANES;
-                const vfloat first = vexp2(exponent_of(any, load(scores + at), scale, base[v], far[v]));
-                const vfloat other = exponent_of(any, load(scores + at + NV * LANES), scale, base[v], far[v]);
-                const vfloat second = j + 1 < count ? vexp2(other) : zero();
-                total[v] += first + second;
-                const vint pair = make_pairs(first, second);
+                const float* at = scores + (j * NV + v) * LANES;
+                vfloat weight[2];
+                weight[0] = exponent_of(any, load(at), scale, base[v], far[v]);
+                weight[1] = last.value ? splat(-INFINITY_F) : exponent_of(any, load(at + NV * LANES), scale, base[v], far[v]);
+                vexp2_to_round(weight);
+                total[v] += weight[0] + weight[1];
+                const vint pair = pair_weights(weight[0], weight[1]);
                 std::memcpy(weights + (j / 2 * NV + v) * LANES, &pair, sizeof(pair));
             }
-        }
+        };
+        int64_t j = 0;
+        for (; j + 2 <= count; j += 2) both(j, std::false_type());
+        if (j < count) both(j, std::true_type());
     };
     start_weights<NV>(scale, peak, top, rescale, base, far) ? weigh(std::true_type()) : weigh(std::false_type());
     join_sums<NV>(total, rescale, sum);

@@ -1,9 +1,9 @@
 // The query rows of one work item, cut into tiles of at most VECTORS registers of lanes, with their running softmax state.
 #pragma once
+#include "amx.h"
 #include "pack.h"
 #include "parallel.h"
 #include "rows.h"
-#include "softmax.h"
 
 namespace attnreg {
 
@@ -19,7 +19,7 @@ struct Tile {
     TileKeys keys;
     Operand* query;    // [operands of a row][lanes]
     float* weight;     // [channels][lanes], of the additive score
-    float* output;     // [row][channels, in whole registers]
+    float* output;     // [row][channels, in whole registers]; of blocks [channel][lane]
     bool summed;       // is there anything in the output?
     float *top, *sum;  // [lanes] maximum and sum of weights
     int32_t *first, *last;  // [lanes] allowed keys
@@ -30,7 +30,7 @@ struct Tile {
     int64_t lanes() const { return int64_t(vectors) * LANES; }
     // The output of rows that met no key is 0.
     void settle(int64_t channels) {
-        if (!summed) std::fill(output, output + count * channels, 0.0f);
+        if (!summed) std::fill(output, output + (Operand::BLOCK > 1 ? lanes() : count) * channels, 0.0f);
     }
 };
 
@@ -132,6 +132,16 @@ void sum_values(Tile<Operand>& t, int64_t first, int64_t count, Panels<Operand> 
     multiply_values<NV * LANES, whole_registers(CHANNELS)>(depths, values, weights, t.output, t.summed ? rescale : nullptr);
     t.summed = true;
 }
+
+#if defined(ATTNREG_HAS_AMX)
+// The same by blocks: the output lies along the lanes.
+template <int NV, int CHANNELS>
+void sum_values(Tile<BlockPair>& t, int64_t, int64_t count, Panels<BlockPair> values, const BlockPair* weights, const float* rescale) {
+    const int64_t steps = (count + 2 * BLOCK - 1) / (2 * BLOCK);
+    multiply_columns<NV, whole_registers(CHANNELS)>(steps, values.first, values.panel, weights, t.output, t.summed ? rescale : nullptr);
+    t.summed = true;
+}
+#endif
 
 // Pointers to the rows of a [B, Hq, Sq, Skv] tensor that a tile's lanes read; null past the tile's rows.
 template <class T, class Operand>

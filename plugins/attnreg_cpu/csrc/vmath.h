@@ -36,6 +36,34 @@ constexpr float LOG2_E = float(LOG2_E_EXACT);
 // that it needs neither a product nor a second part of ln2. Degree-6 minimax polynomial of 2^r for |r| <= 1/2 whose constant is 1.
 //
 // Several at once, step by step, so that the long chain of one does not fill a core's schedulers.
+#if defined(ATTNREG_AVX512)
+// AVX-512 takes off the whole part and scales by it in one instruction each. The whole part is the one below, so the polynomial is of
+// 0 <= r < 1.
+template <int N, int DEGREE>
+ATTNREG_INLINE void scale_powers(vfloat (&x)[N], const float (&coefficients)[DEGREE]) {
+    vfloat r[N], p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        r[i] = (vfloat)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        p[i] = splat(coefficients[0]);
+    }
+#pragma GCC unroll 8
+    for (int n = 1; n < DEGREE; ++n) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) p[i] = fma(p[i], r[i], splat(coefficients[n]));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x[i], (__m512)splat(-126.0f), _CMP_NLT_UQ);
+        x[i] = (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)fma(p[i], r[i], splat(1.0f)), (__m512)x[i]);
+    }
+}
+template <int N>
+ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
+    constexpr float P[] = {2.1612915e-4f, 1.24678465e-3f, 9.67545157e-3f, 5.548528062e-2f, 2.4022930555e-1f, 6.9314704444e-1f};
+    scale_powers(x, P);
+}
+#else
 template <int N>
 ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
     const vfloat magic = splat(12582912.0f + 127.0f);  // as in vexp, and with the exponent's bias
@@ -57,10 +85,22 @@ ATTNREG_INLINE void vexp2(vfloat (&x)[N]) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) x[i] = p[i] * (vfloat)((vint)shifted[i] << 23);
 }
+#endif
 ATTNREG_INLINE vfloat vexp2(vfloat x) {
     vfloat one[1] = {x};
     vexp2(one);
     return one[0];
+}
+
+// The same for what is rounded to 8 bits next: within 3 ulp.
+template <int N>
+ATTNREG_INLINE void vexp2_to_round(vfloat (&x)[N]) {
+#if defined(ATTNREG_AVX512)
+    constexpr float P[] = {1.86713008e-3f, 9.01703028e-3f, 5.579991315e-2f, 2.4016445014e-1f, 6.9315131181e-1f};
+    scale_powers(x, P);
+#else
+    vexp2(x);
+#endif
 }
 
 // tanh(x): a degree-9 odd polynomial near 0, where (e - 1) / (e + 1) would cancel, and that quotient elsewhere.

@@ -1,0 +1,194 @@
+// Products by AMX: 16 x 16 sums at a time, over 16 pairs of bfloat16 values a step.
+//
+// The operands lie as in micro.h: the left one in rows along the pairs, the right one in rows of lanes.
+#pragma once
+#include "softmax.h"
+
+namespace attnreg {
+
+constexpr int BLOCK = BlockPair::BLOCK;  // rows of a tile register, and the 32-bit operands or sums of each
+
+#if defined(ATTNREG_HAS_AMX) && !defined(ATTNREG_PLAIN_LANES)
+// GCC's tile instructions do not say that they read all of their memory.
+ATTNREG_INLINE void memory_is_read(const void* from) { asm volatile("" ::"r"(from) : "memory"); }
+
+// While one lives, the thread's tile registers hold BLOCK rows of BLOCK operands each.
+class TileRegisters {
+  public:
+    TileRegisters() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int i = 0; i < 8; ++i) config.row_bytes[i] = BLOCK * 4, config.rows[i] = BLOCK;
+        memory_is_read(&config);
+        _tile_loadconfig(&config);
+    }
+    ~TileRegisters() { _tile_release(); }
+    TileRegisters(const TileRegisters&) = delete;
+    TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// c[i][j] = (ADD: c[i][j] +) sum over pairs k of a[i][k] . b[k][j], for ROWS x COLUMNS blocks of sums and `steps` blocks of k. Strides are
+// in operands. A constant number of registers each: sums in 0 to 3, a in 4 and 5, b in 6 and 7.
+template <int ROWS, int COLUMNS, bool ADD>
+ATTNREG_INLINE void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a_stride, const BlockPair* b, int64_t b_stride, float* c,
+                                    int64_t c_stride) {
+    static_assert(ROWS <= 2 && COLUMNS <= 2, "sums fill four registers");
+    const int64_t a_bytes = a_stride * 4, b_bytes = b_stride * 4, c_bytes = c_stride * 4;
+    float* below = c + BLOCK * c_stride;
+    memory_is_read(a);
+    if constexpr (ADD) {
+        _tile_loadd(0, c, c_bytes);
+        if constexpr (COLUMNS == 2) _tile_loadd(1, c + BLOCK, c_bytes);
+        if constexpr (ROWS == 2) _tile_loadd(2, below, c_bytes);
+        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_loadd(3, below + BLOCK, c_bytes);
+    } else {
+        _tile_zero(0);
+        if constexpr (COLUMNS == 2) _tile_zero(1);
+        if constexpr (ROWS == 2) _tile_zero(2);
+        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; ++k, a += BLOCK, b += BLOCK * b_stride) {
+        _tile_loadd(6, b, b_bytes);
+        _tile_loadd(4, a, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (COLUMNS == 2) {
+            _tile_loadd(7, b + BLOCK, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (ROWS == 2) {
+            _tile_loadd(5, a + BLOCK * a_stride, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_bytes);
+    if constexpr (COLUMNS == 2) _tile_stored(1, c + BLOCK, c_bytes);
+    if constexpr (ROWS == 2) _tile_stored(2, below, c_bytes);
+    if constexpr (ROWS == 2 && COLUMNS == 2) _tile_stored(3, below + BLOCK, c_bytes);
+    memory_is_read(c);
+}
+#elif defined(ATTNREG_HAS_AMX)
+// What the instructions above do, so that tests run this path too where the CPU has none.
+class TileRegisters {};
+template <int ROWS, int COLUMNS, bool ADD>
+void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a_stride, const BlockPair* b, int64_t b_stride, float* c,
+                     int64_t c_stride) {
+    for (int i = 0; i < ROWS * BLOCK; ++i) {
+        for (int v = 0; v < COLUMNS; ++v) {
+            vfloat sum = ADD ? load(c + i * c_stride + v * LANES) : zero();
+            for (int64_t k = 0; k < steps * BLOCK; ++k) {
+                sum = accumulate(broadcast(a[i * a_stride + k]), load_as<vint>(b + k * b_stride + v * LANES), sum);
+            }
+            store(c + i * c_stride + v * LANES, sum);
+        }
+    }
+}
+#endif
+
+// What must live while products of an operand are computed.
+template <class Operand>
+class Registers {};
+
+#if defined(ATTNREG_HAS_AMX)
+template <>
+class Registers<BlockPair> : TileRegisters {};
+
+static_assert(LANES == BLOCK, "a register of lanes is a row of a block");
+
+// Raises peak[lane] to the greatest of `count` rows of NV of a tile's TILE vectors.
+template <int NV, int TILE>
+ATTNREG_INLINE void raise_peak(int64_t count, const float* scores, vfloat (&peak)[NV]) {
+    for (int64_t j = 0; j < count; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) peak[v] = vmax(peak[v], load(scores + (j * TILE + v) * LANES));
+    }
+}
+
+// As for other operands (micro.h), with count >= BLOCK.
+template <int NV, int TILE, int DEPTH>
+ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t stride, const BlockPair* query, float* scores,
+                                   float* peak) {
+    static_assert(DEPTH % BLOCK == 0, "whole blocks");
+    vfloat top[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) top[v] = load(peak + v * LANES);
+    // The maximum follows one step behind, so that it is taken while tile registers multiply.
+    int64_t seen = 0, written = 0;
+    const auto look = [&](int64_t end) ATTNREG_LAMBDA {
+        raise_peak<NV, TILE>(end - seen, scores + seen * TILE * LANES, top);
+        seen = end;
+    };
+    const auto take = [&](auto rows, int64_t j) ATTNREG_LAMBDA {
+        constexpr int ROWS = decltype(rows)::value;
+        const auto multiply = [&](auto columns, int v) ATTNREG_LAMBDA {
+            multiply_blocks<ROWS, decltype(columns)::value, false>(DEPTH / BLOCK, keys + j * stride, stride, query + v * LANES,
+                                                                   TILE * LANES, scores + (j * TILE + v) * LANES, TILE * LANES);
+        };
+        for (int v = 0; v + 2 <= NV; v += 2) multiply(std::integral_constant<int, 2>(), v);
+        if constexpr (NV % 2 != 0) multiply(std::integral_constant<int, 1>(), NV - 1);
+        look(std::min(written, j));
+        written = j + ROWS * BLOCK;
+    };
+    int64_t j = 0;
+    for (; j + 2 * BLOCK <= count; j += 2 * BLOCK) take(std::integral_constant<int, 2>(), j);
+    for (; j < count; j += BLOCK) take(std::integral_constant<int, 1>(), std::min(j, count - BLOCK));
+    look(count);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(peak + v * LANES, top[v]);
+}
+
+// out[c][lane] = rescale[lane] * out[c][lane] + sum over pairs j of values[c][j] . weights[j][lane] for CHANNELS values of c, a multiple
+// of BLOCK, and NV vectors of lanes. Without `rescale` the output is only written. `steps` counts blocks of j.
+template <int NV, int CHANNELS>
+ATTNREG_ALONE void multiply_columns(int64_t steps, const BlockPair* values, int64_t stride, const BlockPair* weights, float* out,
+                                    const float* rescale) {
+    constexpr int WIDTH = NV * LANES;
+    alignas(64) float sums[2][2 * BLOCK * 2 * BLOCK];
+    vfloat factor[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) factor[v] = rescale ? load(rescale + v * LANES) : zero();
+    int turn = 0;
+    const auto join = [&](const float* from, auto rows, auto columns, int c, int v) ATTNREG_LAMBDA {
+        constexpr int ROWS = decltype(rows)::value * BLOCK, COLUMNS = decltype(columns)::value;
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+            for (int n = 0; n < COLUMNS; ++n) {
+                float* to = out + (c + i) * WIDTH + (v + n) * LANES;
+                store(to, fma(factor[v + n], load(to), load(from + i * 2 * BLOCK + n * LANES)));
+            }
+        }
+    };
+    const auto take = [&](auto rows, auto columns, int c, int v) ATTNREG_LAMBDA {
+        constexpr int ROWS = decltype(rows)::value, COLUMNS = decltype(columns)::value;
+        const BlockPair *a = values + c * stride, *b = weights + v * LANES;
+        if (rescale == nullptr) {
+            return multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, b, WIDTH, out + c * WIDTH + v * LANES, WIDTH);
+        }
+        multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, b, WIDTH, sums[turn], 2 * BLOCK);
+        join(sums[turn], rows, columns, c, v);
+        turn ^= 1;
+    };
+    const auto each_column = [&](auto rows, int c) ATTNREG_LAMBDA {
+#pragma GCC unroll 8
+        for (int v = 0; v + 2 <= NV; v += 2) take(rows, std::integral_constant<int, 2>(), c, v);
+        if constexpr (NV % 2 != 0) take(rows, std::integral_constant<int, 1>(), c, NV - 1);
+    };
+    int c = 0;
+    for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) each_column(std::integral_constant<int, 2>(), c);
+    if constexpr (CHANNELS % (2 * BLOCK) != 0) each_column(std::integral_constant<int, 1>(), c);
+}
+
+// The softmax of pairs (softmax.h), with zeros up to the next whole block of pairs.
+template <int NV>
+void online_softmax(BlockPair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
+                    float* rescale) {
+    online_softmax<NV>(static_cast<Pair*>(weights), scores, count, scale, peak, top, sum, rescale);
+    const int64_t pairs = (count + 1) / 2, whole = (pairs + BLOCK - 1) / BLOCK * BLOCK;
+    std::fill(weights + pairs * NV * LANES, weights + whole * NV * LANES, BlockPair{});
+}
+#endif
+
+}  // namespace attnreg
