@@ -107,18 +107,18 @@ ATTNREG_INLINE void raise_peak(int64_t count, const float* scores, vfloat (&peak
     }
 }
 
-// As for other operands (micro.h), with count >= BLOCK.
+// As for other operands (micro.h), with count >= BLOCK; `peak` may be null.
 template <int NV, int TILE, int DEPTH>
 ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t stride, const BlockPair* query, float* scores,
                                    float* peak) {
     static_assert(DEPTH % BLOCK == 0, "whole blocks");
     vfloat top[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) top[v] = load(peak + v * LANES);
+    for (int v = 0; v < NV; ++v) top[v] = peak ? load(peak + v * LANES) : zero();
     // The maximum follows one step behind, so that it is taken while tile registers multiply.
     int64_t seen = 0, written = 0;
     const auto look = [&](int64_t end) ATTNREG_LAMBDA {
-        raise_peak<NV, TILE>(end - seen, scores + seen * TILE * LANES, top);
+        if (peak) raise_peak<NV, TILE>(end - seen, scores + seen * TILE * LANES, top);
         seen = end;
     };
     const auto take = [&](auto rows, int64_t j) ATTNREG_LAMBDA {
@@ -137,7 +137,9 @@ ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t
     for (; j < count; j += BLOCK) take(std::integral_constant<int, 1>(), std::min(j, count - BLOCK));
     look(count);
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(peak + v * LANES, top[v]);
+    for (int v = 0; v < NV; ++v) {
+        if (peak) store(peak + v * LANES, top[v]);
+    }
 }
 
 // out[c][lane] = rescale[lane] * out[c][lane] + sum over pairs j of values[c][j] . weights[j][lane] for CHANNELS values of c, a multiple
@@ -181,13 +183,72 @@ ATTNREG_ALONE void multiply_columns(int64_t steps, const BlockPair* values, int6
     if constexpr (CHANNELS % (2 * BLOCK) != 0) each_column(std::integral_constant<int, 1>(), c);
 }
 
+// out[c][lane] += the same sum.
+template <int NV, int CHANNELS>
+ATTNREG_ALONE void accumulate_columns(int64_t steps, const BlockPair* values, int64_t stride, const BlockPair* weights, float* out) {
+    constexpr int WIDTH = NV * LANES;
+    const auto add = [&](auto rows, int c) ATTNREG_LAMBDA {
+        constexpr int ROWS = decltype(rows)::value, COLUMNS = NV == 1 ? 1 : 2;
+        static_assert(NV % COLUMNS == 0, "pairs of registers");
+        for (int v = 0; v < NV; v += COLUMNS) {
+            multiply_blocks<ROWS, COLUMNS, true>(steps, values + c * stride, stride, weights + v * LANES, WIDTH,
+                                                 out + c * WIDTH + v * LANES, WIDTH);
+        }
+    };
+    int c = 0;
+    for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) add(std::integral_constant<int, 2>(), c);
+    if constexpr (CHANNELS % (2 * BLOCK) != 0) add(std::integral_constant<int, 1>(), c);
+}
+
+// As for other operands (micro.h). DEPTH is a multiple of BLOCK; `weights` are readable up to the next whole block of rows.
+template <int CHANNELS, int DEPTH>
+ATTNREG_ALONE void accumulate_rows(int64_t count, const BlockPair* weights, const BlockPair* rows, float* out, int64_t out_stride) {
+    static_assert(DEPTH % BLOCK == 0 && CHANNELS % BLOCK == 0, "whole blocks");
+    const auto each_column = [&](const auto& use) ATTNREG_LAMBDA {
+        int c = 0;
+        for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) use(std::integral_constant<int, 2>(), c);
+        if constexpr (CHANNELS % (2 * BLOCK) != 0) use(std::integral_constant<int, 1>(), c);
+    };
+    int64_t j = 0;
+    const auto step = [&](auto blocks) ATTNREG_LAMBDA {
+        constexpr int ROWS = decltype(blocks)::value;
+        for (; j + ROWS * BLOCK <= count; j += ROWS * BLOCK) {
+            each_column([&](auto columns, int c) ATTNREG_LAMBDA {
+                multiply_blocks<ROWS, decltype(columns)::value, true>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, rows + c, CHANNELS,
+                                                                      out + j * out_stride + c, out_stride);
+            });
+        }
+    };
+    step(std::integral_constant<int, 2>());
+    step(std::integral_constant<int, 1>());
+    if (j == count) return;
+    // The last rows, by themselves: what lies behind them in `out` is not theirs.
+    alignas(64) float sums[BLOCK * 2 * BLOCK];
+    each_column([&](auto columns, int c) {
+        constexpr int COLUMNS = decltype(columns)::value;
+        multiply_blocks<1, COLUMNS, false>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, rows + c, CHANNELS, sums, 2 * BLOCK);
+        for (int64_t i = j; i < count; ++i) {
+            for (int v = 0; v < COLUMNS; ++v) {
+                float* to = out + i * out_stride + c + v * LANES;
+                store(to, load(to) + load(sums + (i - j) * 2 * BLOCK + v * LANES));
+            }
+        }
+    });
+}
+
+// Blocks of pairs that hold `count` keys.
+inline int64_t blocks_of(int64_t count) { return (count + 2 * BLOCK - 1) / (2 * BLOCK); }
+// Zeros behind the pairs of `count` keys, up to the next whole block of them.
+inline void fill_block(BlockPair* pairs, int64_t count, int64_t lanes) {
+    std::fill(pairs + (count + 1) / 2 * lanes, pairs + blocks_of(count) * BLOCK * lanes, BlockPair{});
+}
+
 // The softmax of pairs (softmax.h), with zeros up to the next whole block of pairs.
 template <int NV>
 void online_softmax(BlockPair* weights, const float* scores, int64_t count, float scale, const float* peak, float* top, float* sum,
                     float* rescale) {
     online_softmax<NV>(static_cast<Pair*>(weights), scores, count, scale, peak, top, sum, rescale);
-    const int64_t pairs = (count + 1) / 2, whole = (pairs + BLOCK - 1) / BLOCK * BLOCK;
-    std::fill(weights + pairs * NV * LANES, weights + whole * NV * LANES, BlockPair{});
+    fill_block(weights, count, NV * LANES);
 }
 #endif
 

@@ -27,6 +27,7 @@ class Backward {
                 failed = 1;
                 return;
             }
+            [[maybe_unused]] const Registers<Operand> registers;
             Worker(*this, scratch).differentiate(item);
         });
         return failed;
@@ -34,13 +35,16 @@ class Backward {
 
   private:
     static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
-    static constexpr int OPERANDS_K = (HEAD_K + Operand::WIDTH - 1) / Operand::WIDTH;
-    static constexpr int OPERANDS_V = (HEAD_V + Operand::WIDTH - 1) / Operand::WIDTH;
+    static constexpr bool BLOCKS = Operand::BLOCK > 1;
+    static constexpr int OPERANDS_K = operands_of<Operand>(HEAD_K), OPERANDS_V = operands_of<Operand>(HEAD_V);
     static constexpr int PADDED_K = whole_registers(HEAD_K), PADDED_V = whole_registers(HEAD_V);
     static constexpr int PANELS = (HEAD_K + PANEL - 1) / PANEL;
     static constexpr int KEY_STRIDE = whole_registers(OPERANDS_K), VALUE_STRIDE = whole_registers(OPERANDS_V);
     static constexpr bool PAIRED = Operand::WIDTH == 2;
-    static constexpr int64_t ROUND = 8;  // keys of a tile's run are rounded up to it where the run goes on
+    static constexpr int64_t ROUND = BLOCKS ? 2 * Operand::BLOCK : 8;  // keys of a tile's run are rounded up to it where the run goes on
+    // Rows of a tile are whole blocks of pairs, as they are summed over.
+    static_assert(!BLOCKS || VECTORS % 2 == 0, "pairs of registers");
+    static constexpr int STEP = BLOCKS ? 2 : 1;
 
     struct GradientTile {
         Tile<Operand> tile;   // `output` holds dq
@@ -56,6 +60,7 @@ class Backward {
         Operand* key_rows;  // pairs only: along the keys, for dq
         Operand *weight_rows, *d_rows, *d_keys;  // pairs only: weights and d_scores along lanes, d_scores along keys
         float *scores, *d_scores, *peak, *ones, *bias, *allowed, *softcap_slope;
+        float* turned;  // blocks only: dq as rows
         int32_t* bits;
     };
 
@@ -71,10 +76,11 @@ class Backward {
         const int64_t block = p_.block_kv + MOST_ROWS;
         b.keys = carver.take<Operand>(block * KEY_STRIDE);
         b.values = carver.take<Operand>(block * VALUE_STRIDE);
-        b.key_rows = carver.take<Operand>(PAIRED ? block * PANELS * PANEL : 0);
+        b.key_rows = carver.take<Operand>(BLOCKS ? PADDED_K * column_stride<Operand>(p_) : PAIRED ? block * PANELS * PANEL : 0);
         b.weight_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
         b.d_rows = carver.take<Operand>(PAIRED ? block * FULL / 2 : 0);
-        b.d_keys = carver.take<Operand>(PAIRED ? (block + 1) / 2 * FULL : 0);
+        b.d_keys = carver.take<Operand>(PAIRED ? ((block + 1) / 2 + Operand::BLOCK) * FULL : 0);
+        b.turned = carver.take<float>(BLOCKS ? LANES * PADDED_K : 0);
         b.scores = carver.take<float>(block * FULL);
         b.d_scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
@@ -165,7 +171,7 @@ class Backward {
 
         void begin() {
             Tile<Operand> cut[MAX_TILES];
-            tile_count_ = cut_tiles<VECTORS>(rows_, cut);
+            tile_count_ = cut_tiles<VECTORS, STEP>(rows_, cut);
             for (int64_t n = 0; n < tile_count_; ++n) {
                 GradientTile& g = tiles_[n];
                 g.tile.row = cut[n].row, g.tile.count = cut[n].count, g.tile.vectors = cut[n].vectors;
@@ -186,8 +192,8 @@ class Backward {
                 queries[i] = row(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, t, i);
                 d_outs[i] = row(static_cast<const T*>(p_.d_out), p_.d_out_batch, p_.d_out_head, p_.d_out_row, t, i);
             }
-            pack_lanes<HEAD_K>(queries, t.count, t.lanes(), t.query);
-            pack_lanes<HEAD_V>(d_outs, t.count, t.lanes(), g.d_out);
+            pack_operands<HEAD_K, OPERANDS_K>(queries, t.count, t.lanes(), t.query);
+            pack_operands<HEAD_V, OPERANDS_V>(d_outs, t.count, t.lanes(), g.d_out);
             if constexpr (ADDITIVE) {
                 load_weights<HEAD_K>(p_, t);
                 std::fill(g.d_query, g.d_query + HEAD_K * t.lanes(), 0.0f);
@@ -229,7 +235,11 @@ class Backward {
             pack_keys<HEAD_K, Operand, T>(key_at, count, padded, b_.keys);
             pack_keys<HEAD_V, Operand, T>(value_at, count, padded, b_.values);
             Run run{first, count, b_.keys, b_.values, KEY_STRIDE, VALUE_STRIDE, {b_.keys, KEY_STRIDE, PANEL}, bits};
-            if constexpr (PAIRED) {
+            if constexpr (BLOCKS) {
+                const int64_t stride = column_stride<Operand>(p_);
+                pack_columns<HEAD_K, T>(key_at, count, stride, b_.key_rows);
+                run.key_rows = {b_.key_rows, 1, stride};
+            } else if constexpr (PAIRED) {
                 const int64_t panel = panel_length(p_);
                 pack_values<HEAD_K, T>(key_at, count, panel, b_.key_rows);
                 run.key_rows = {b_.key_rows, PANEL, panel};
@@ -257,12 +267,14 @@ class Backward {
 
         void differentiate_vectors(const Run& run, GradientTile& g) {
             switch (g.tile.vectors) {
-                case 1: return differentiate_vectors<1>(run, g);
+                case 1:
+                    if constexpr (!BLOCKS) return differentiate_vectors<1>(run, g);
+                    break;
                 case 2:
                     if constexpr (VECTORS >= 2) return differentiate_vectors<2>(run, g);
                     break;
                 case 3:
-                    if constexpr (VECTORS >= 3) return differentiate_vectors<3>(run, g);
+                    if constexpr (VECTORS >= 3 && !BLOCKS) return differentiate_vectors<3>(run, g);
                     break;
                 case 4:
                     if constexpr (VECTORS >= 4) return differentiate_vectors<4>(run, g);
@@ -278,13 +290,14 @@ class Backward {
             modifiers.softcap_slope = b_.softcap_slope;
             if (run.bits >= 0) modifiers.bits = b_.bits;
             // Buffers end MOST_ROWS past the longest run, so a short run's extra rows are stale but there.
-            const int64_t computed = std::max<int64_t>(run.count, least_keys(NV));
+            const int64_t computed = std::max<int64_t>(run.count, fewest_keys<Operand>(NV));
+            float* peak = BLOCKS ? nullptr : b_.peak;  // nobody asks for it
             if constexpr (ADDITIVE) {
                 add_scores<NV, NV, HEAD_K>(run.count, run.keys, run.key_stride, t.query, t.weight, b_.scores, b_.peak);
             } else {
-                multiply_scores<NV, NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, b_.peak);
+                multiply_scores<NV, NV, OPERANDS_K>(computed, run.keys, run.key_stride, t.query, b_.scores, peak);
             }
-            multiply_scores<NV, NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, b_.peak);
+            multiply_scores<NV, NV, OPERANDS_V>(computed, run.values, run.value_stride, g.d_out, b_.d_scores, peak);
             float scale = float(p_.scale);
             if (!modifiers.plain()) {
                 modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
@@ -309,7 +322,7 @@ class Backward {
                                                 g.d_weight, d_keys, p_.d_k_row);
             } else {
                 accumulate_rows<PADDED_K, depth>(run.count, ready.d_rows, g.query_rows, d_keys, p_.d_k_row);
-                sum_values<NV, HEAD_K>(t, run.first, run.count, run.key_rows, ready.d_keys, b_.ones);
+                add_values<NV, HEAD_K>(t, run.first, run.count, run.key_rows, ready.d_keys, b_.ones);
             }
         }
 
@@ -322,6 +335,7 @@ class Backward {
 #if defined(ATTNREG_HAS_PAIRS)
             if constexpr (PAIRED) {
                 to_pairs<NV>(count);
+                if constexpr (BLOCKS) fill_block(b_.d_keys, count, NV * LANES);
                 return {b_.weight_rows, b_.d_rows, b_.d_keys};
             }
 #endif
@@ -393,7 +407,7 @@ class Backward {
             t.settle(PADDED_K);
             for (int64_t i = 0; i < t.count; ++i) {
                 T* d_q = row(static_cast<T*>(p_.d_q), p_.d_q_batch, p_.d_q_head, p_.d_q_row, t, i);
-                narrow_row<HEAD_K>(t.output + i * PADDED_K, 1.0f, d_q);
+                narrow_row<HEAD_K>(output_row<HEAD_K>(t, i, b_.turned), 1.0f, d_q);
             }
         }
 

@@ -52,9 +52,8 @@ class Forward {
     static constexpr int OPERANDS_K = operands_of<Operand>(HEAD_K);
     static constexpr int PADDED_K = whole_registers(OPERANDS_K), PADDED_V = whole_registers(HEAD_V);
     static constexpr int PANELS = (HEAD_V + PANEL - 1) / PANEL;
-    // Keys that the product of NV vectors takes at once, and the fewest that there may be.
+    // Keys that the product of NV vectors takes at once.
     static constexpr int64_t keys_at_once(int nv) { return BLOCKS ? Operand::BLOCK : micro_rows(nv); }
-    static constexpr int64_t fewest_keys(int nv) { return BLOCKS ? Operand::BLOCK : least_keys(nv); }
     // Rows of keys can be read where they lie if they hold the very operands that the product takes.
     static constexpr bool KEYS_IN_PLACE =
         std::is_same<T, float>::value || (Operand::WIDTH == 2 && HEAD_K % (Operand::WIDTH * Operand::BLOCK) == 0);
@@ -102,7 +101,7 @@ class Forward {
     void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
         const int64_t block = p_.block_kv + MOST_ROWS;
         b.keys = carver.take<Operand>(block * PADDED_K);
-        b.values = carver.take<Operand>(BLOCKS ? PADDED_V * column_stride() : block * PANELS * PANEL);
+        b.values = carver.take<Operand>(BLOCKS ? PADDED_V * column_stride<Operand>(p_) : block * PANELS * PANEL);
         b.scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
         b.rescale = carver.take<float>(FULL);
@@ -112,9 +111,6 @@ class Forward {
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
         for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t], ADDITIVE);
     }
-
-    // Pairs of keys in a row of values, of blocks: a tile's run may begin anywhere in it, and reads whole blocks.
-    int64_t column_stride() const { return ((p_.block_kv + 1) / 2 + 2 * Operand::BLOCK - 1) / Operand::BLOCK * Operand::BLOCK; }
 
     // A run of keys ready for the products.
     struct Run {
@@ -179,8 +175,7 @@ class Forward {
                 for (int64_t i = 0; i < t.count; ++i) {
                     pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, t, i, p_.cu_q != nullptr);
                 }
-                pack_lanes<HEAD_K>(pointers, t.count, t.lanes(), t.query);
-                if constexpr (BLOCKS) std::fill(t.query + (HEAD_K + 1) / 2 * t.lanes(), t.query + OPERANDS_K * t.lanes(), Operand{});
+                pack_operands<HEAD_K, OPERANDS_K>(pointers, t.count, t.lanes(), t.query);
                 if constexpr (ADDITIVE) load_weights<HEAD_K>(p_, t);
                 t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
@@ -206,7 +201,7 @@ class Forward {
                 run.key_stride = keys_.row / Operand::WIDTH;
             }
             if constexpr (BLOCKS) {
-                const int64_t stride = f_.column_stride();
+                const int64_t stride = column_stride<Operand>(p_);
                 pack_columns<HEAD_V, T>([&](int64_t j) { return values_.at(first + j); }, count, stride, b_.values);
                 run.values = {b_.values, 1, stride};
             } else if (!VALUES_IN_PLACE || p_.pack > 0 || paged) {
@@ -275,7 +270,7 @@ class Forward {
             if constexpr (ADDITIVE) {
                 add_scores<NV - V, NV, HEAD_K>(count, keys, run.key_stride, query, t.weight + V * LANES, scores, peak + V * LANES);
             } else {
-                const int64_t enough = std::max<int64_t>(count, fewest_keys(NV - V));
+                const int64_t enough = std::max<int64_t>(count, fewest_keys<Operand>(NV - V));
                 multiply_scores<NV - V, NV, OPERANDS_K>(enough, keys, run.key_stride, query, scores, peak + V * LANES);
             }
         }
@@ -289,7 +284,7 @@ class Forward {
                 end = std::min<int64_t>(end, *std::max_element(last, last + LANES) + 1 - run.first);
             }
             if (first < end) {
-                const int64_t begin = std::max<int64_t>(std::min<int64_t>(first, end - fewest_keys(NV - V)), 0);
+                const int64_t begin = std::max<int64_t>(std::min<int64_t>(first, end - fewest_keys<Operand>(NV - V)), 0);
                 score<NV, V>(run, t, begin, end - begin, peak);
             }
             if constexpr (V + 1 < NV) {
@@ -329,20 +324,13 @@ class Forward {
                 for (int64_t i = 0; i < t.count; ++i) {
                     const float factor = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
                     T* out = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, t, i, p_.cu_q != nullptr);
-                    narrow_row<HEAD_V>(output_row(t, i), factor, out);
+                    narrow_row<HEAD_V>(output_row<HEAD_V>(t, i, b_.rows), factor, out);
                     if (p_.lse) {
                         *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) =
                             t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
                     }
                 }
             }
-        }
-
-        // Row i of the tile's output, asked for in order.
-        const float* output_row(const Tile<Operand>& t, int64_t i) {
-            if constexpr (!BLOCKS) return t.output + i * PADDED_V;
-            if (i % LANES == 0) sums_to_rows(t.output + i, t.lanes(), LANES, HEAD_V, b_.rows, PADDED_V);
-            return b_.rows + i % LANES * PADDED_V;
         }
 
         const Forward& f_;

@@ -45,6 +45,12 @@ constexpr int least_keys(int vectors) {
     return most == 6 || most == 12 ? most * 2 / 3 : most;
 }
 
+// Of any operand.
+template <class Operand>
+constexpr int fewest_keys(int vectors) {
+    return Operand::BLOCK > 1 ? Operand::BLOCK : least_keys(vectors);
+}
+
 // scores[j][lane] = sum_d keys[j][d] * query[d][lane] for `count` keys, and peak[lane] = max(peak[lane], scores[..][lane]), for NV of a
 // tile's TILE vectors. count >= least_keys(NV): the last group of keys overlaps the one before it instead of running past the end.
 template <int NV, int TILE, int DEPTH, class Operand>

@@ -47,6 +47,14 @@ void pack_lanes(const T* const* rows, int64_t count, int64_t lanes, Operand* out
     }
 }
 
+// The same, with zeros up to OPERANDS.
+template <int CHANNELS, int OPERANDS, class Operand, class T>
+void pack_operands(const T* const* rows, int64_t count, int64_t lanes, Operand* out) {
+    constexpr int HELD = (CHANNELS + Operand::WIDTH - 1) / Operand::WIDTH;
+    pack_lanes<CHANNELS>(rows, count, lanes, out);
+    if constexpr (OPERANDS > HELD) std::fill(out + HELD * lanes, out + OPERANDS * lanes, Operand{});
+}
+
 // Rows as they are, widened: out[lane][d], lanes past `count` and channels past CHANNELS are 0.
 template <int CHANNELS, class T>
 void pack_rows(const T* const* rows, int64_t count, int64_t lanes, Single* out) {

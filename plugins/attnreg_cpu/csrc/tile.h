@@ -37,6 +37,21 @@ struct Tile {
 // Operands of a packed panel of a run's values.
 inline int64_t panel_length(const Params& p) { return (p.block_kv + MOST_ROWS) * PANEL; }
 
+// Pairs of keys in a row of values that lie as columns: a tile's run may begin anywhere in it, and reads whole blocks.
+template <class Operand>
+int64_t column_stride(const Params& p) {
+    return ((p.block_kv + 1) / 2 + 2 * Operand::BLOCK - 1) / Operand::BLOCK * Operand::BLOCK;
+}
+
+// Row `lane` of the tile's output, asked for in order; `turned` has memory for LANES rows.
+template <int CHANNELS, class Operand>
+const float* output_row(const Tile<Operand>& t, int64_t lane, float* turned) {
+    constexpr int PADDED = whole_registers(CHANNELS);
+    if constexpr (Operand::BLOCK == 1) return t.output + lane * PADDED;
+    if (lane % LANES == 0) sums_to_rows(t.output + lane, t.lanes(), LANES, CHANNELS, turned, PADDED);
+    return turned + lane % LANES * PADDED;
+}
+
 // Where the rows of a work item come from and go to: row r is row r / group of the sequence, of head `head + r % group`.
 struct ItemRows {
     int64_t head, group;
@@ -50,8 +65,8 @@ T* row_pointer(T* base, int64_t batch, int64_t head, int64_t row, const Sequence
     return base + start + t.head_of[lane] * head + t.row_of[lane] * row;
 }
 
-// Cuts the item into tiles of VECTORS registers; the last takes the fewest registers that hold its rows.
-template <int VECTORS, class Operand>
+// Cuts the item into tiles of VECTORS registers; the last takes the fewest registers, a multiple of STEP, that hold its rows.
+template <int VECTORS, int STEP = 1, class Operand>
 int64_t cut_tiles(const ItemRows& rows, Tile<Operand>* tiles) {
     constexpr int64_t full = int64_t(VECTORS) * LANES;
     int64_t count = 0;
@@ -59,7 +74,7 @@ int64_t cut_tiles(const ItemRows& rows, Tile<Operand>* tiles) {
         Tile<Operand>& t = tiles[count++];
         t.row = rows.first + done;
         t.count = std::min(full, rows.count - done);
-        t.vectors = int((t.count + LANES - 1) / LANES);
+        t.vectors = int((t.count + STEP * LANES - 1) / (STEP * LANES) * STEP);
     }
     return count;
 }
@@ -137,11 +152,24 @@ void sum_values(Tile<Operand>& t, int64_t first, int64_t count, Panels<Operand> 
 // The same by blocks: the output lies along the lanes.
 template <int NV, int CHANNELS>
 void sum_values(Tile<BlockPair>& t, int64_t, int64_t count, Panels<BlockPair> values, const BlockPair* weights, const float* rescale) {
-    const int64_t steps = (count + 2 * BLOCK - 1) / (2 * BLOCK);
-    multiply_columns<NV, whole_registers(CHANNELS)>(steps, values.first, values.panel, weights, t.output, t.summed ? rescale : nullptr);
+    constexpr int PADDED = whole_registers(CHANNELS);
+    multiply_columns<NV, PADDED>(blocks_of(count), values.first, values.panel, weights, t.output, t.summed ? rescale : nullptr);
     t.summed = true;
 }
 #endif
+
+// The same without rescaling: `ones` holds as many as there are lanes.
+template <int NV, int CHANNELS, class Operand>
+void add_values(Tile<Operand>& t, int64_t first, int64_t count, Panels<Operand> values, const Operand* weights, const float* ones) {
+#if defined(ATTNREG_HAS_AMX)
+    if constexpr (Operand::BLOCK > 1) {
+        t.settle(whole_registers(CHANNELS));
+        t.summed = true;
+        return accumulate_columns<NV, whole_registers(CHANNELS)>(blocks_of(count), values.first, values.panel, weights, t.output);
+    }
+#endif
+    sum_values<NV, CHANNELS>(t, first, count, values, weights, ones);
+}
 
 // Pointers to the rows of a [B, Hq, Sq, Skv] tensor that a tile's lanes read; null past the tile's rows.
 template <class T, class Operand>
