@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from attnreg import Hardware, errors
 from attnreg_cpu import build
 from attnreg_cpu.decode import CACHES
-from attnreg_cpu.product import products_of
+from attnreg_cpu.product import of_gradients, products_of, takes
 from attnreg_cpu.tuning_space import VECTORS, preferred_vectors
-from attnreg_cpu.variant import ELEMENTS, Variant
+from attnreg_cpu.variant import ELEMENTS, shaped
 
 HEAD_DIMS = (64, 96, 128)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +62,10 @@ def _work(
     for dtype in dtypes:
         products = products_of(dtype, hardware)
         for head_dim in head_dims:
-            for vectors in VECTORS if whole_space else preferred_vectors(hardware):
-                for product in products if whole_space else products[:1]:
-                    for source in ("forward.cpp", "backward.cpp") if gradients else ("forward.cpp",):
-                        yield source, Variant(source, head_dim, head_dim, dtype, vectors, product).defines()
+            for product in products if whole_space else products[:1]:
+                for vectors in VECTORS if whole_space else preferred_vectors(hardware, product):
+                    sources = ["forward.cpp"]
+                    if gradients and takes(product, vectors, gradients=True) and of_gradients(product) == product:
+                        sources.append("backward.cpp")
+                    for source in sources:
+                        yield source, shaped(source, head_dim, head_dim, dtype, vectors, product).defines()

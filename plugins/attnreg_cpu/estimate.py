@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attnreg import Hardware, Problem, blocks, scores
-from attnreg_cpu.product import has_bfloat_dot
+from attnreg_cpu.product import products_of
 from attnreg_cpu.tuning_space import lanes_of
 
 CALL = 8e-6
@@ -27,8 +27,8 @@ def estimate(problem: Problem, hardware: Hardware, decodes: bool) -> float:
     size = {"float32": 4, "float16": 2, "bfloat16": 2}.get(problem.kv_dtype, 1)
     moved = problem.batch * problem.kv_heads * live.keys * width * size
     rate = RATE_A_LANE * lanes_of(hardware) * hardware.cores
-    if problem.dtype == "bfloat16" and has_bfloat_dot(hardware):
-        rate *= 1.5
+    if not isinstance(spec.score, scores.Additive):
+        rate *= {"amx": 2.3, "dot": 1.5}.get(products_of(problem.dtype, hardware)[0], 1.0)
     if spec.softcap or spec.alibi or spec.bias or "attn_mask" in spec.tensors():
         rate /= 1.4
     if decodes and problem.sq * problem.group <= 2 * lanes_of(hardware):

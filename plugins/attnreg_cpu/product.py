@@ -1,4 +1,8 @@
-"""How kernels multiply: by multiply-adds, by the dot instruction of bfloat16 pairs, or by AMX."""
+"""How kernels multiply: by multiply-adds, by the dot instruction of bfloat16 pairs, or by AMX.
+
+AMX multiplies bfloat16 values; float32 ones it takes as three parts of 8 bits each, whose six greatest products make
+one of float32's accuracy ("bf16x3"). Such parts cannot stand for infinity, nor NaN: calls with either go another way.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,31 @@ import functools
 from attnreg import Hardware
 from attnreg_cpu import build
 
-PRODUCTS = ("fma", "dot", "amx")  # in the order of the kernels' numbers
+PRODUCTS = ("fma", "dot", "amx", "amx_bf16x3")  # in the order of the kernels' numbers
 # arch_prctl of Linux on x86-64, its request for a feature of extended state, and that of the tile registers' data.
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 def products_of(dtype: str, hardware: Hardware) -> list[str]:
     """The ways to multiply this dtype, best first."""
-    ways = ["fma"]
+    tiles = has_tiles(hardware) and not refused()
+    if dtype == "float32":
+        # Faster where a core's other thread rests, slower where it does not (measured on an Emerald Rapids, D 64, 2,048
+        # tokens: 24 ms or 60, against 39): that is for the tuner to find out.
+        return ["fma", "amx_bf16x3"] if tiles else ["fma"]
     if dtype == "bfloat16" and has_bfloat_dot(hardware):
-        ways.insert(0, "dot")
-        if has_tiles(hardware) and not refused():
-            ways.insert(0, "amx")
-    return ways
+        return ["amx", "dot", "fma"] if tiles else ["dot", "fma"]
+    return ["fma"]
+
+
+def of_gradients(product: str) -> str:
+    """How the backward kernel multiplies where the forward one uses `product`."""
+    return "fma" if product == "amx_bf16x3" else product
+
+
+def takes(product: str, vectors: int, *, gradients: bool) -> bool:
+    """Are there kernels with this many registers of query rows? Gradients by AMX sum over whole blocks of rows."""
+    return not (gradients and product == "amx" and vectors % 2)
 
 
 def has_bfloat_dot(hardware: Hardware) -> bool:

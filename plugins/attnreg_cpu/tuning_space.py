@@ -6,7 +6,7 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace, scores
 from attnreg_cpu import build
-from attnreg_cpu.product import products_of
+from attnreg_cpu.product import products_of, takes
 from attnreg_cpu.sparse import needs_layout
 from attnreg_cpu.variant import ELEMENTS, variants_of
 
@@ -23,15 +23,18 @@ def lanes_of(hardware: Hardware) -> int:
     return LANES.get(hardware.arch, 4)
 
 
-def preferred_vectors(hardware: Hardware) -> tuple[int, ...]:
-    """Tile widths that are used without tuning, best first: those whose micro-kernel comes nearest to the FMA peak."""
+def preferred_vectors(hardware: Hardware, product: str) -> tuple[int, ...]:
+    """Tile widths that are used without tuning, best first: those whose micro-kernel comes nearest to the peak."""
+    if product.startswith("amx"):
+        return (4, 2)
     return (3, 2) if REGISTERS.get(hardware.arch, 32) == 16 else (2, 3)
 
 
 def every_shape(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
     """(vectors, product) of all micro-kernels that could compute the problem."""
     sums = isinstance(problem.spec.score, scores.Additive)  # no product to speak of
-    return [(n, product) for product in (["fma"] if sums else products_of(problem.dtype, hardware)) for n in VECTORS]
+    products = ["fma"] if sums else products_of(problem.dtype, hardware)
+    return [(n, way) for way in products for n in VECTORS if takes(way, n, gradients=problem.needs_grad)]
 
 
 def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
@@ -43,9 +46,9 @@ def ready_shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
 def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     """Choices: vectors (registers of query rows in a tile: the shape of the micro-kernel), tiles (such tiles of a work
     item: how work is cut among threads, and how often packed keys are used), block_kv (keys of a run), pack (what is
-    copied to dense memory first, of what can be read where it lies) and product (multiply-adds, or for bfloat16 the
-    CPU's dot instruction or AMX). Where the mask needs a block layout, its blocks: layout_q, layout_kv. Without a
-    compiler, only kernels that lie ready are on offer.
+    copied to dense memory first, of what can be read where it lies) and product (how values are multiplied). Where the
+    mask needs a block layout, its blocks: layout_q, layout_kv. Without a compiler, only kernels that lie ready are on
+    offer.
     """
     lanes, operand = lanes_of(hardware), 4
     l1 = hardware.caches[0] or L1_FALLBACK
@@ -61,6 +64,10 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         rows = max(c["tiles"] * c["vectors"] * lanes, c.get("layout_q", 0))
         return int(scores(c) + copies * (rows + c["block_kv"]) * width * operand)
 
+    def near(c: Any) -> bool:
+        # AMX writes and reads scores by whole lines, and is not held up by the second cache.
+        return bool(scores(c) <= (2 * l1 if c["product"].startswith("amx") else l1))
+
     def holds_block(c: Any) -> bool:
         return bool(c["block_kv"] >= c.get("layout_kv", 0))
 
@@ -71,7 +78,9 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     apart = problem.spec.layout != "bhsd" or problem.strides[1] != "contiguous"
     packs = _packs(problem, product)
     pack = packs[-1] if apart else packs[0]
-    default: dict[str, Any] = {"vectors": preferred, "tiles": 4, "block_kv": 96, "pack": pack, "product": product}
+    tiles, block_kv = (8, 192) if product == "amx" else (4, 96)
+    default: dict[str, Any] = {"vectors": preferred, "tiles": tiles, "block_kv": block_kv}
+    default |= {"pack": pack, "product": product}
     choices: dict[str, Any] = {
         "vectors": sorted({vectors for vectors, _ in shapes}),
         "tiles": [1, 2, 4, 8, 16],
@@ -81,18 +90,19 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     }
     if needs_layout(problem):
         choices |= {"layout_q": [32, 64, 96, 128], "layout_kv": [32, 64, 96, 128]}
-        default |= {"layout_q": 64, "layout_kv": 64, "block_kv": 128}
+        default |= {"layout_q": 64, "layout_kv": 64, "block_kv": max(block_kv, 128)}
     # The default must lie in the space of any CPU, however small its caches are.
     while default["tiles"] > 1 and item(default) > l2:
         default["tiles"] //= 2
-    changes: list[dict[str, Any]] = [*_promising(preferred), *({"pack": other} for other in packs if other != pack)]
+    changes = [*_promising(preferred, shapes), *({"pack": other} for other in packs if other != pack)]
     return SearchSpace(
         choices=choices,
         default=default,
         constraints=[
-            ("the scores of a tile fit in the L1 cache", lambda c: scores(c) <= l1 or c == default),
+            ("the scores of a tile fit in the L1 cache", lambda c: near(c) or c == default),
             ("a work item fits in the L2 cache", lambda c: item(c) <= l2 or c == default),
             ("a run of keys holds a block of the layout", holds_block),
+            ("what is split is always copied", lambda c: c["product"] != "amx_bf16x3" or c["pack"] == pack),
             ("its kernels can be compiled or lie ready", lambda c: (c["vectors"], c["product"]) in shapes),
         ],
         seeds=[{**default, **change} for change in changes],
@@ -108,8 +118,9 @@ def _shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
         every = ready_shapes(problem, hardware) or every
     # A tile that is wider than the rows wastes lanes; it is taken where nothing narrower lies ready.
     fitting = [shape for shape in every if shape[0] <= max(most, min(every)[0])]
-    best = min(preferred_vectors(hardware)[0], max(n for n, _ in fitting))
-    order = (best, *preferred_vectors(hardware), *VECTORS)
+    preferred = preferred_vectors(hardware, product)
+    best = min(preferred[0], max(n for n, _ in fitting))
+    order = (best, *preferred, *VECTORS)
     return sorted(fitting, key=lambda shape: (shape[1] != product, order.index(shape[0])))
 
 
@@ -120,6 +131,15 @@ def _packs(problem: Problem, product: str) -> list[str]:
     return list(PACKS[2:] if product == "fma" else PACKS[1:])
 
 
-def _promising(preferred: int) -> list[dict[str, int]]:
+def _promising(preferred: int, shapes: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Changes of the default that are tried first."""
+    changes: list[dict[str, Any]] = [{}]
+    if shapes[0][1] == "amx":
+        changes += [{"tiles": 16}, {"tiles": 4, "block_kv": 256}, {"tiles": 2, "block_kv": 128}]
+        return [*changes, {"tiles": 16, "vectors": 2, "block_kv": 256}]
     other = 3 if preferred == 2 else 2
-    return [{}, {"vectors": other, "block_kv": 192}, {"tiles": 8}, {"tiles": 2, "block_kv": 128}, {"vectors": other}]
+    changes += [{"vectors": other, "block_kv": 192}, {"tiles": 8}, {"tiles": 2, "block_kv": 128}, {"vectors": other}]
+    split = [n for n, product in shapes if product == "amx_bf16x3"]
+    if split:
+        changes.insert(1, {"product": "amx_bf16x3", "vectors": max(split), "tiles": 16, "block_kv": 128})
+    return changes

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnreg import Problem, errors, scores
 from attnreg_cpu import build, params, product
 
 ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
 Kernel = Callable[[bytes], int]
+NOT_FINITE = 2  # status of a kernel that cannot compute with what it was given, and may have written to the outputs
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,23 @@ def variants_of(problem: Problem, vectors: int, product: str) -> list[Variant]:
     return [variant_of(source, problem, vectors, product) for source in sources]
 
 
+def shaped(
+    source: str, head_dim: int, head_dim_v: int, dtype: str, vectors: int, way: str, additive: bool = False
+) -> Variant:
+    """The kernel in `source` of this shape where the forward one multiplies by `way`."""
+    way = product.of_gradients(way) if source == "backward.cpp" else way
+    return Variant(source, head_dim, head_dim_v, dtype, vectors, way, additive)
+
+
 def variant_of(source: str, problem: Problem, vectors: int, product: str) -> Variant:
     """The kernel in `source` for a prefill problem under this shape of the micro-kernel."""
     additive = isinstance(problem.spec.score, scores.Additive)
-    return Variant(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, product, additive)
+    return shaped(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, product, additive)
 
 
 @functools.cache
 def load_kernel(variant: Variant, symbol: str) -> Kernel:
-    if variant.product == "amx" and product.refused():
+    if variant.product.startswith("amx") and product.refused():
         raise errors.BackendError("attnreg_cpu: the operating system refuses the CPU's tile registers (AMX)")
     library = build.load(build.build(variant.source, variant.defines()))
     size = library.attnreg_params_size
@@ -80,7 +89,14 @@ def load_kernel(variant: Variant, symbol: str) -> Kernel:
     entry = getattr(library, symbol)
     entry.argtypes = [ctypes.c_char_p]
     entry.restype = ctypes.c_int64
-    return entry  # type: ignore[no-any-return]  # ctypes functions are untyped
+    if variant.product != "amx_bf16x3":
+        return entry  # type: ignore[no-any-return]  # ctypes functions are untyped
+
+    def finite_or_else(arguments: bytes) -> int:
+        status: int = entry(arguments)
+        return status if status != NOT_FINITE else load_kernel(replace(variant, product="fma"), symbol)(arguments)
+
+    return finite_or_else
 
 
 def check_status(status: int) -> None:

@@ -225,8 +225,8 @@ def test_without_a_compiler_everything_says_so(no_compiler: None) -> None:
 @needs_compiler
 def test_params_match_the_header() -> None:
     defines = {
-        "ATTNREG_HEAD_K": 8, "ATTNREG_HEAD_V": 8, "ATTNREG_ELEMENT": "float", "ATTNREG_PAIRS": 0, "ATTNREG_VECTORS": 1,
-        "ATTNREG_ADDITIVE": 0,
+        "ATTNREG_HEAD_K": 8, "ATTNREG_HEAD_V": 8, "ATTNREG_ELEMENT": "float", "ATTNREG_PRODUCT": 0,
+        "ATTNREG_VECTORS": 1, "ATTNREG_ADDITIVE": 0,
     }  # fmt: skip
     library = ctypes.CDLL(str(build.build("forward.cpp", defines)))
     library.attnreg_params_size.restype = ctypes.c_int64

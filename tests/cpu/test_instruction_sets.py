@@ -16,7 +16,9 @@ import test_forward as forward_tests
 import torch
 from cpu_cases import CASES, Case
 
-from attnreg_cpu import build, decode, tuning_space, variant
+from attnreg import AttentionSpec, masks
+from attnreg.testing import oracle
+from attnreg_cpu import build, decode, product, variant
 
 NAMES = (
     "causal",
@@ -82,22 +84,59 @@ def test_forward(case: Case, dtype: torch.dtype, march: str) -> None:
 
 
 @pytest.fixture
-def pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels of plain lanes multiply bfloat16 in pairs, as a CPU with the instruction does."""
-    monkeypatch.setattr(tuning_space, "has_bfloat_dot", lambda hardware: True)
+def every_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of plain lanes multiply as the CPUs do that have the instructions."""
+    monkeypatch.setattr(product, "has_bfloat_dot", lambda hardware: True)
+    monkeypatch.setattr(product, "has_tiles", lambda hardware: True)
+    monkeypatch.setattr(product, "refused", lambda: False)
 
 
 @pytest.mark.parametrize("march", [WIDE], indirect=True)
-@pytest.mark.parametrize("pack", ["values", "all"])
+@pytest.mark.parametrize(("way", "pack"), [("dot", "values"), ("dot", "all"), ("amx", "values"), ("amx", "all")])
 @pytest.mark.parametrize("case", PAIRED, ids=str)
-def test_bfloat_pairs(case: Case, pack: str, march: str, pairs: None) -> None:
-    forward_tests.compare(case, torch.bfloat16, vectors=3, pack=pack, pairs=True)
+def test_bfloat_pairs(case: Case, way: str, pack: str, march: str, every_product: None) -> None:
+    forward_tests.compare(case, torch.bfloat16, vectors=3, pack=pack, product=way)
+
+
+@pytest.mark.parametrize("march", [WIDE], indirect=True)
+@pytest.mark.parametrize("way", ["dot", "amx"])
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_bfloat_pairs_backward(case: Case, way: str, march: str, every_product: None) -> None:
+    test_backward.compare(case, torch.bfloat16, through_lse=True, vectors=2, product=way)
 
 
 @pytest.mark.parametrize("march", [WIDE], indirect=True)
 @pytest.mark.parametrize("case", PAIRED, ids=str)
-def test_bfloat_pairs_backward(case: Case, march: str, pairs: None) -> None:
-    test_backward.compare(case, torch.bfloat16, through_lse=True, vectors=2, pairs=True)
+def test_floats_in_parts(case: Case, march: str, every_product: None) -> None:
+    forward_tests.compare(case, torch.float32, vectors=3, product="amx_bf16x3")
+
+
+@pytest.mark.parametrize("march", [WIDE], indirect=True)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e18])
+def test_parts_are_float32_at_any_size(size: float, march: str, every_product: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 64, generator=g) for _ in range(3))
+    q, k, v = q * size, k / size, v * size
+    case = Case("sizes", AttentionSpec(return_lse=True))
+    out, lse = forward_tests.prepare(case, q, k, v, {}, product="amx_bf16x3")(q, k, v)
+    exact, exact_lse = oracle(case.spec, q, k, v)
+    assert ((out.double() - exact) / size).abs().max() <= 2e-6
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("march", [WIDE], indirect=True)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_values_that_have_no_parts_go_another_way(which: int, value: float, march: str, every_product: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 70, 64, generator=g) for _ in range(3)]
+    tensors[which][0, 1, 40, 3] = value
+    case = Case("values", AttentionSpec(mask=masks.Causal(), return_lse=True))
+    split, plain = (forward_tests.prepare(case, *tensors, {}, product=way)(*tensors) for way in ("amx_bf16x3", "fma"))
+    for got, want in zip(split, plain, strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+        assert torch.equal(got.isnan(), want.isnan())
+    assert split[0][0, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("march", MARCHES, indirect=True)

@@ -2,13 +2,27 @@
 //
 // The operands lie as in micro.h: the left one in rows along the pairs, the right one in rows of lanes.
 #pragma once
+#include "parts.h"
 #include "softmax.h"
 
 namespace attnreg {
 
 constexpr int BLOCK = BlockPair::BLOCK;  // rows of a tile register, and the 32-bit operands or sums of each
 
-#if defined(ATTNREG_HAS_AMX) && !defined(ATTNREG_PLAIN_LANES)
+// Calls use(place of a's part, place of b's part) for the products that are summed, smallest first (parts.h).
+template <class Operand, class Use>
+ATTNREG_INLINE void each_term(int64_t a_part, int64_t b_part, const Use& use) {
+    if constexpr (Operand::PARTS == 1) {
+        use(0, 0);
+    } else {
+        static_assert(Operand::PARTS == 3, "six of nine products");
+        for (int64_t sum = 2; sum >= 0; --sum) {
+            for (int64_t n = 0; n <= sum; ++n) use(n * a_part, (sum - n) * b_part);
+        }
+    }
+}
+
+#if defined(ATTNREG_TILE_INSTRUCTIONS)
 // GCC's tile instructions do not say that they read all of their memory.
 ATTNREG_INLINE void memory_is_read(const void* from) { asm volatile("" ::"r"(from) : "memory"); }
 
@@ -31,10 +45,12 @@ class TileRegisters {
 };
 
 // c[i][j] = (ADD: c[i][j] +) sum over pairs k of a[i][k] . b[k][j], for ROWS x COLUMNS blocks of sums and `steps` blocks of k. Strides are
-// in operands. A constant number of registers each: sums in 0 to 3, a in 4 and 5, b in 6 and 7.
-template <int ROWS, int COLUMNS, bool ADD>
-ATTNREG_INLINE void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a_stride, const BlockPair* b, int64_t b_stride, float* c,
-                                    int64_t c_stride) {
+// in operands. Of operands in parts, a[i] has the parts one after the other, `a_part` apart, and each block of b its own.
+//
+// A constant number of registers each: sums in 0 to 3, a in 4 and 5, b in 6 and 7.
+template <int ROWS, int COLUMNS, bool ADD, class Operand>
+ATTNREG_INLINE void multiply_blocks(int64_t steps, const Operand* a, int64_t a_stride, int64_t a_part, const Operand* b, int64_t b_stride,
+                                    float* c, int64_t c_stride) {
     static_assert(ROWS <= 2 && COLUMNS <= 2, "sums fill four registers");
     const int64_t a_bytes = a_stride * 4, b_bytes = b_stride * 4, c_bytes = c_stride * 4;
     float* below = c + BLOCK * c_stride;
@@ -50,20 +66,23 @@ ATTNREG_INLINE void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a
         if constexpr (ROWS == 2) _tile_zero(2);
         if constexpr (ROWS == 2 && COLUMNS == 2) _tile_zero(3);
     }
-    for (int64_t k = 0; k < steps; ++k, a += BLOCK, b += BLOCK * b_stride) {
-        _tile_loadd(6, b, b_bytes);
-        _tile_loadd(4, a, a_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (COLUMNS == 2) {
-            _tile_loadd(7, b + BLOCK, b_bytes);
-            _tile_dpbf16ps(1, 4, 7);
+    each_term<Operand>(a_part, BLOCK * b_stride, [&](int64_t a_at, int64_t b_at) ATTNREG_LAMBDA {
+        const Operand *left = a + a_at, *right = b + b_at;
+        for (int64_t k = 0; k < steps; ++k, left += BLOCK, right += Operand::PARTS * BLOCK * b_stride) {
+            _tile_loadd(6, right, b_bytes);
+            _tile_loadd(4, left, a_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            if constexpr (COLUMNS == 2) {
+                _tile_loadd(7, right + BLOCK, b_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if constexpr (ROWS == 2) {
+                _tile_loadd(5, left + BLOCK * a_stride, a_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                if constexpr (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+            }
         }
-        if constexpr (ROWS == 2) {
-            _tile_loadd(5, a + BLOCK * a_stride, a_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            if constexpr (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
-        }
-    }
+    });
     _tile_stored(0, c, c_bytes);
     if constexpr (COLUMNS == 2) _tile_stored(1, c + BLOCK, c_bytes);
     if constexpr (ROWS == 2) _tile_stored(2, below, c_bytes);
@@ -71,17 +90,21 @@ ATTNREG_INLINE void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a
     memory_is_read(c);
 }
 #elif defined(ATTNREG_HAS_AMX)
-// What the instructions above do, so that tests run this path too where the CPU has none.
+// What the instructions above do.
 class TileRegisters {};
-template <int ROWS, int COLUMNS, bool ADD>
-void multiply_blocks(int64_t steps, const BlockPair* a, int64_t a_stride, const BlockPair* b, int64_t b_stride, float* c,
+template <int ROWS, int COLUMNS, bool ADD, class Operand>
+void multiply_blocks(int64_t steps, const Operand* a, int64_t a_stride, int64_t a_part, const Operand* b, int64_t b_stride, float* c,
                      int64_t c_stride) {
     for (int i = 0; i < ROWS * BLOCK; ++i) {
         for (int v = 0; v < COLUMNS; ++v) {
             vfloat sum = ADD ? load(c + i * c_stride + v * LANES) : zero();
-            for (int64_t k = 0; k < steps * BLOCK; ++k) {
-                sum = accumulate(broadcast(a[i * a_stride + k]), load_as<vint>(b + k * b_stride + v * LANES), sum);
-            }
+            each_term<Operand>(a_part, BLOCK * b_stride, [&](int64_t a_at, int64_t b_at) {
+                for (int64_t k = 0; k < steps * BLOCK; ++k) {
+                    const Operand left = a[a_at + i * a_stride + k];
+                    const Operand* right = b + b_at + (k / BLOCK * Operand::PARTS * BLOCK + k % BLOCK) * b_stride + v * LANES;
+                    sum = accumulate(broadcast(left), load_as<vint>(right), sum);
+                }
+            });
             store(c + i * c_stride + v * LANES, sum);
         }
     }
@@ -95,6 +118,8 @@ class Registers {};
 #if defined(ATTNREG_HAS_AMX)
 template <>
 class Registers<BlockPair> : TileRegisters {};
+template <>
+class Registers<BlockParts> : TileRegisters {};
 
 static_assert(LANES == BLOCK, "a register of lanes is a row of a block");
 
@@ -107,10 +132,9 @@ ATTNREG_INLINE void raise_peak(int64_t count, const float* scores, vfloat (&peak
     }
 }
 
-// As for other operands (micro.h), with count >= BLOCK; `peak` may be null.
-template <int NV, int TILE, int DEPTH>
-ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t stride, const BlockPair* query, float* scores,
-                                   float* peak) {
+// multiply_scores of micro.h by blocks, with count >= BLOCK; `peak` may be null.
+template <int NV, int TILE, int DEPTH, class Operand>
+ATTNREG_ALONE void block_scores(int64_t count, const Operand* keys, int64_t stride, const Operand* query, float* scores, float* peak) {
     static_assert(DEPTH % BLOCK == 0, "whole blocks");
     vfloat top[NV];
 #pragma GCC unroll 8
@@ -124,7 +148,7 @@ ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t
     const auto take = [&](auto rows, int64_t j) ATTNREG_LAMBDA {
         constexpr int ROWS = decltype(rows)::value;
         const auto multiply = [&](auto columns, int v) ATTNREG_LAMBDA {
-            multiply_blocks<ROWS, decltype(columns)::value, false>(DEPTH / BLOCK, keys + j * stride, stride, query + v * LANES,
+            multiply_blocks<ROWS, decltype(columns)::value, false>(DEPTH / BLOCK, keys + j * stride, stride, DEPTH, query + v * LANES,
                                                                    TILE * LANES, scores + (j * TILE + v) * LANES, TILE * LANES);
         };
         for (int v = 0; v + 2 <= NV; v += 2) multiply(std::integral_constant<int, 2>(), v);
@@ -142,12 +166,22 @@ ATTNREG_ALONE void multiply_scores(int64_t count, const BlockPair* keys, int64_t
     }
 }
 
+template <int NV, int TILE, int DEPTH>
+void multiply_scores(int64_t count, const BlockPair* keys, int64_t stride, const BlockPair* query, float* scores, float* peak) {
+    block_scores<NV, TILE, DEPTH>(count, keys, stride, query, scores, peak);
+}
+template <int NV, int TILE, int DEPTH>
+void multiply_scores(int64_t count, const BlockParts* keys, int64_t stride, const BlockParts* query, float* scores, float* peak) {
+    block_scores<NV, TILE, DEPTH>(count, keys, stride, query, scores, peak);
+}
+
 // out[c][lane] = rescale[lane] * out[c][lane] + sum over pairs j of values[c][j] . weights[j][lane] for CHANNELS values of c, a multiple
 // of BLOCK, and NV vectors of lanes. Without `rescale` the output is only written. `steps` counts blocks of j.
-template <int NV, int CHANNELS>
-ATTNREG_ALONE void multiply_columns(int64_t steps, const BlockPair* values, int64_t stride, const BlockPair* weights, float* out,
+template <int NV, int CHANNELS, class Operand>
+ATTNREG_ALONE void multiply_columns(int64_t steps, const Operand* values, int64_t stride, const Operand* weights, float* out,
                                     const float* rescale) {
     constexpr int WIDTH = NV * LANES;
+    const int64_t part = stride / Operand::PARTS;
     alignas(64) float sums[2][2 * BLOCK * 2 * BLOCK];
     vfloat factor[NV];
 #pragma GCC unroll 8
@@ -165,11 +199,11 @@ ATTNREG_ALONE void multiply_columns(int64_t steps, const BlockPair* values, int6
     };
     const auto take = [&](auto rows, auto columns, int c, int v) ATTNREG_LAMBDA {
         constexpr int ROWS = decltype(rows)::value, COLUMNS = decltype(columns)::value;
-        const BlockPair *a = values + c * stride, *b = weights + v * LANES;
+        const Operand *a = values + c * stride, *b = weights + v * LANES;
         if (rescale == nullptr) {
-            return multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, b, WIDTH, out + c * WIDTH + v * LANES, WIDTH);
+            return multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, part, b, WIDTH, out + c * WIDTH + v * LANES, WIDTH);
         }
-        multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, b, WIDTH, sums[turn], 2 * BLOCK);
+        multiply_blocks<ROWS, COLUMNS, false>(steps, a, stride, part, b, WIDTH, sums[turn], 2 * BLOCK);
         join(sums[turn], rows, columns, c, v);
         turn ^= 1;
     };
@@ -191,7 +225,7 @@ ATTNREG_ALONE void accumulate_columns(int64_t steps, const BlockPair* values, in
         constexpr int ROWS = decltype(rows)::value, COLUMNS = NV == 1 ? 1 : 2;
         static_assert(NV % COLUMNS == 0, "pairs of registers");
         for (int v = 0; v < NV; v += COLUMNS) {
-            multiply_blocks<ROWS, COLUMNS, true>(steps, values + c * stride, stride, weights + v * LANES, WIDTH,
+            multiply_blocks<ROWS, COLUMNS, true>(steps, values + c * stride, stride, 0, weights + v * LANES, WIDTH,
                                                  out + c * WIDTH + v * LANES, WIDTH);
         }
     };
@@ -214,7 +248,7 @@ ATTNREG_ALONE void accumulate_rows(int64_t count, const BlockPair* weights, cons
         constexpr int ROWS = decltype(blocks)::value;
         for (; j + ROWS * BLOCK <= count; j += ROWS * BLOCK) {
             each_column([&](auto columns, int c) ATTNREG_LAMBDA {
-                multiply_blocks<ROWS, decltype(columns)::value, true>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, rows + c, CHANNELS,
+                multiply_blocks<ROWS, decltype(columns)::value, true>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, 0, rows + c, CHANNELS,
                                                                       out + j * out_stride + c, out_stride);
             });
         }
@@ -226,7 +260,7 @@ ATTNREG_ALONE void accumulate_rows(int64_t count, const BlockPair* weights, cons
     alignas(64) float sums[BLOCK * 2 * BLOCK];
     each_column([&](auto columns, int c) {
         constexpr int COLUMNS = decltype(columns)::value;
-        multiply_blocks<1, COLUMNS, false>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, rows + c, CHANNELS, sums, 2 * BLOCK);
+        multiply_blocks<1, COLUMNS, false>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, 0, rows + c, CHANNELS, sums, 2 * BLOCK);
         for (int64_t i = j; i < count; ++i) {
             for (int v = 0; v < COLUMNS; ++v) {
                 float* to = out + i * out_stride + c + v * LANES;
@@ -249,6 +283,34 @@ void online_softmax(BlockPair* weights, const float* scores, int64_t count, floa
                     float* rescale) {
     online_softmax<NV>(static_cast<Pair*>(weights), scores, count, scale, peak, top, sum, rescale);
     fill_block(weights, count, NV * LANES);
+}
+
+// The softmax with weights in parts: weights[block][part][pair][lane].
+template <int NV>
+ATTNREG_ALONE void online_softmax(BlockParts* weights, const float* scores, int64_t count, float scale, const float* peak, float* top,
+                                  float* sum, float* rescale) {
+    constexpr int64_t WIDTH = NV * LANES;
+    vfloat base[NV], total[NV] = {};
+    vint far[NV];
+    const auto weigh = [&](auto any) ATTNREG_LAMBDA {
+        for (int64_t j = 0; j < blocks_of(count) * 2 * BLOCK; j += 2) {
+            BlockParts* to = weights + (j / (2 * BLOCK) * 3 * BLOCK + j / 2 % BLOCK) * WIDTH;
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                vfloat weight[2] = {splat(-INFINITY_F), splat(-INFINITY_F)};
+                const float* at = scores + j * WIDTH + v * LANES;
+                if (j < count) weight[0] = exponent_of(any, load(at), scale, base[v], far[v]);
+                if (j + 1 < count) weight[1] = exponent_of(any, load(at + WIDTH), scale, base[v], far[v]);
+                vexp2(weight);
+                total[v] += weight[0] + weight[1];
+                vint parts[3];
+                split_pairs(weight[0], weight[1], parts);
+                for (int n = 0; n < 3; ++n) std::memcpy(to + n * BLOCK * WIDTH + v * LANES, &parts[n], sizeof(vint));
+            }
+        }
+    };
+    start_weights<NV>(scale, peak, top, rescale, base, far) ? weigh(std::true_type()) : weigh(std::false_type());
+    join_sums<NV>(total, rescale, sum);
 }
 #endif
 

@@ -3,10 +3,12 @@
 
 using namespace attnreg;
 
-// ATTNREG_PRODUCT: 0 multiply-adds, 1 the dot instruction of bfloat16 pairs, 2 AMX.
-#if ATTNREG_PRODUCT == 2 && defined(ATTNREG_HAS_AMX)
+// ATTNREG_PRODUCT: 0 multiply-adds, 1 the dot instruction of bfloat16 pairs, 2 AMX, 3 AMX with float32 values in parts.
+#if ATTNREG_PRODUCT == 3 && defined(ATTNREG_HAS_AMX)
+typedef BlockParts Factor;
+#elif ATTNREG_PRODUCT == 2 && defined(ATTNREG_HAS_AMX)
 typedef BlockPair Factor;
-#elif ATTNREG_PRODUCT >= 1 && defined(ATTNREG_HAS_PAIRS)
+#elif (ATTNREG_PRODUCT == 1 || ATTNREG_PRODUCT == 2) && defined(ATTNREG_HAS_PAIRS)
 typedef Pair Factor;
 #else
 typedef Single Factor;

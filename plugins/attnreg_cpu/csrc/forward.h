@@ -29,7 +29,7 @@ class Forward {
         }
     }
 
-    // 0, or 1 where a thread could not get its scratch memory.
+    // 0, 1 where a thread could not get its scratch memory, or 2 where parts would have to stand for a value that is not finite.
     int run() {
         if (p_.cu_q) clear_rest();
         std::atomic<int> failed{0};
@@ -42,6 +42,7 @@ class Forward {
             [[maybe_unused]] const Registers<Operand> registers;
             Worker worker(*this, scratch);
             worker.attend(item);
+            if (!worker.finite()) failed = 2;
         });
         return failed;
     }
@@ -49,6 +50,7 @@ class Forward {
   private:
     static constexpr int64_t FULL = int64_t(VECTORS) * LANES;
     static constexpr bool BLOCKS = Operand::BLOCK > 1;
+    static constexpr int PARTS = Operand::PARTS;
     static constexpr int OPERANDS_K = operands_of<Operand>(HEAD_K);
     static constexpr int PADDED_K = whole_registers(OPERANDS_K), PADDED_V = whole_registers(HEAD_V);
     static constexpr int PANELS = (HEAD_V + PANEL - 1) / PANEL;
@@ -56,7 +58,7 @@ class Forward {
     static constexpr int64_t keys_at_once(int nv) { return BLOCKS ? Operand::BLOCK : micro_rows(nv); }
     // Rows of keys can be read where they lie if they hold the very operands that the product takes.
     static constexpr bool KEYS_IN_PLACE =
-        std::is_same<T, float>::value || (Operand::WIDTH == 2 && HEAD_K % (Operand::WIDTH * Operand::BLOCK) == 0);
+        PARTS == 1 && (std::is_same<T, float>::value || (Operand::WIDTH == 2 && HEAD_K % (Operand::WIDTH * Operand::BLOCK) == 0));
     static constexpr bool VALUES_IN_PLACE = std::is_same<T, float>::value && HEAD_V % LANES == 0;
 
     int64_t total_items() const {
@@ -94,22 +96,26 @@ class Forward {
     struct Buffers {
         Operand *keys, *values;
         float *scores, *peak, *rescale, *bias, *allowed;
-        float* rows;  // blocks only: output turned to rows
+        float* rows;       // blocks only: output turned to rows
+        float* channels;   // parts only: queries before they are split
+        Operand* weights;  // parts only; others take the place of scores
         int32_t* bits;
     };
 
     void carve(Carver& carver, Buffers& b, Tile<Operand>* tiles) const {
         const int64_t block = p_.block_kv + MOST_ROWS;
-        b.keys = carver.take<Operand>(block * PADDED_K);
-        b.values = carver.take<Operand>(BLOCKS ? PADDED_V * column_stride<Operand>(p_) : block * PANELS * PANEL);
+        b.keys = carver.take<Operand>(block * PADDED_K * PARTS);
+        b.values = carver.take<Operand>(BLOCKS ? PADDED_V * column_stride<Operand>(p_) * PARTS : block * PANELS * PANEL);
         b.scores = carver.take<float>(block * FULL);
         b.peak = carver.take<float>(FULL);
         b.rescale = carver.take<float>(FULL);
         b.rows = carver.take<float>(BLOCKS ? LANES * PADDED_V : 0);
+        b.channels = carver.take<float>(PARTS > 1 ? 2 * OPERANDS_K * FULL : 0);
+        b.weights = carver.take<Operand>(PARTS > 1 ? PARTS * (block + 2 * Operand::BLOCK) / 2 * FULL : 0);
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
-        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K, HEAD_V>(carver, tiles[t], ADDITIVE);
+        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K * PARTS, HEAD_V>(carver, tiles[t], ADDITIVE);
     }
 
     // A run of keys ready for the products.
@@ -131,6 +137,7 @@ class Forward {
         void attend(int64_t item) {
             locate(item);
             begin();
+            if (!finite_) return;
             if (p_.layout_row_ptr) {
                 layout_runs(p_, s_, rows_, [&](int64_t first, int64_t count, int64_t bits) { attend_run(first, count, bits); });
             } else {
@@ -138,6 +145,9 @@ class Forward {
             }
             finish();
         }
+
+        // Can what was read be split into parts? The output is not written if not.
+        bool finite() const { return finite_; }
 
       private:
         void attend_interval() {
@@ -175,7 +185,11 @@ class Forward {
                 for (int64_t i = 0; i < t.count; ++i) {
                     pointers[i] = row_pointer(static_cast<const T*>(p_.q), p_.q_batch, p_.q_head, p_.q_row, s_, t, i, p_.cu_q != nullptr);
                 }
-                pack_operands<HEAD_K, OPERANDS_K>(pointers, t.count, t.lanes(), t.query);
+                if constexpr (PARTS > 1) {
+                    finite_ &= split_lanes<HEAD_K, OPERANDS_K>(pointers, t.count, t.lanes(), b_.channels, t.query);
+                } else {
+                    pack_operands<HEAD_K, OPERANDS_K>(pointers, t.count, t.lanes(), t.query);
+                }
                 if constexpr (ADDITIVE) load_weights<HEAD_K>(p_, t);
                 t.summed = false;
                 for (int64_t i = 0; i < t.lanes(); ++i) {
@@ -188,7 +202,28 @@ class Forward {
 
         // Keys first .. first + count - 1, `first` even (pairs of keys start there).
         void attend_run(int64_t first, int64_t count, int64_t bits) {
+            if (!finite_) return;
             Run run{first, count, nullptr, 0, {}, bits};
+            if constexpr (PARTS > 1) {
+                if (!(finite_ = split_run(run))) return;
+            } else {
+                pack_run(run);
+            }
+            for (int64_t n = 0; n < tile_count_; ++n) attend_tile(run, tiles_[n]);
+        }
+
+        bool split_run(Run& run) {
+            const int64_t stride = column_stride<Operand>(p_), first = run.first;
+            run.keys = b_.keys;
+            run.key_stride = PARTS * PADDED_K;
+            run.values = {b_.values, 1, PARTS * stride};
+            return split_keys<HEAD_K, OPERANDS_K>([&](int64_t j) { return keys_.at(first + j); }, run.count,
+                                                  std::max(run.count, MOST_ROWS), b_.keys) &
+                   split_columns<HEAD_V>([&](int64_t j) { return values_.at(first + j); }, run.count, stride, b_.values);
+        }
+
+        void pack_run(Run& run) {
+            const int64_t first = run.first, count = run.count;
             const bool paged = keys_.page_size != 0;
             const bool aligned = Operand::WIDTH == 1 || (keys_.row % 2 == 0 && reinterpret_cast<uintptr_t>(keys_.base) % 4 == 0);
             if (!KEYS_IN_PLACE || p_.pack > 1 || paged || !aligned || count < MOST_ROWS) {
@@ -211,7 +246,6 @@ class Forward {
             } else {
                 run.values = {reinterpret_cast<const Operand*>(values_.at(first)), values_.row, PANEL};
             }
-            for (int64_t n = 0; n < tile_count_; ++n) attend_tile(run, tiles_[n]);
         }
 
         void attend_tile(const Run& whole, Tile<Operand>& t) {
@@ -256,7 +290,7 @@ class Forward {
                 modify_scores<NV>(modifiers, run.first, run.count, b_.scores, b_.peak);
                 scale = 1.0f;
             }
-            Operand* weights = reinterpret_cast<Operand*>(b_.scores);
+            Operand* weights = PARTS > 1 ? b_.weights : reinterpret_cast<Operand*>(b_.scores);
             online_softmax<NV>(weights, b_.scores, run.count, scale, b_.peak, t.top, t.sum, b_.rescale);
             sum_values<NV, HEAD_V>(t, run.first, run.count, run.values, weights, b_.rescale);
         }
@@ -338,6 +372,7 @@ class Forward {
         Buffers b_;
         Tile<Operand> tiles_[MAX_TILES];
         int64_t tile_count_ = 0;
+        bool finite_ = true;
         Sequence s_{};
         ItemRows rows_{};
         RowSource<T> keys_{}, values_{};

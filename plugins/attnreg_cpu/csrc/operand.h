@@ -5,8 +5,11 @@
 #if (defined(ATTNREG_AVX512) && defined(__AVX512BF16__)) || defined(ATTNREG_PLAIN_LANES)
 #define ATTNREG_HAS_PAIRS 1
 #endif
-#if defined(ATTNREG_HAS_PAIRS) && ((defined(__AMX_TILE__) && defined(__AMX_BF16__)) || defined(ATTNREG_PLAIN_LANES))
+#if defined(ATTNREG_HAS_PAIRS) && (defined(ATTNREG_PLAIN_LANES) || defined(__SANITIZE_ADDRESS__))
+#define ATTNREG_HAS_AMX 1  // what its instructions do, by others: a sanitiser does not see what they read and write
+#elif defined(ATTNREG_HAS_PAIRS) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define ATTNREG_HAS_AMX 1
+#define ATTNREG_TILE_INSTRUCTIONS 1
 #endif
 
 namespace attnreg {
@@ -15,6 +18,7 @@ struct Single {
     typedef vfloat Vector;
     static constexpr int WIDTH = 1;  // values an operand holds along the summed dimension
     static constexpr int BLOCK = 1;  // operands that are multiplied together along it
+    static constexpr int PARTS = 1;  // operands whose sum stands for the values
     float value;
 };
 static_assert(sizeof(Single) == 4, "operands are 32 bits");
@@ -25,7 +29,7 @@ ATTNREG_INLINE vfloat accumulate(vfloat a, vfloat b, vfloat c) { return fma(a, b
 // Two neighbours of the summed dimension, the first in the low half.
 struct Pair {
     typedef vint Vector;
-    static constexpr int WIDTH = 2, BLOCK = 1;
+    static constexpr int WIDTH = 2, BLOCK = 1, PARTS = 1;
     int32_t bits;
 };
 static_assert(sizeof(Pair) == 4, "operands are 32 bits");
@@ -33,6 +37,11 @@ static_assert(sizeof(Pair) == 4, "operands are 32 bits");
 // Pairs that AMX multiplies (amx.h).
 struct BlockPair : Pair {
     static constexpr int BLOCK = 16;
+};
+
+// float32 values as three of them (parts.h).
+struct BlockParts : Pair {
+    static constexpr int BLOCK = 16, PARTS = 3;
 };
 
 // Operands that hold `channels` values, in whole blocks.

@@ -139,24 +139,22 @@ void group_depths(const Tile<Operand>& t, int64_t first, int64_t count, Depths* 
     });
 }
 
-// Sums a run into the tile's output: values[j] times weights[j][row]; rescale[row] is for what was summed before.
+// Sums a run into the tile's output: values[j] times weights[j][row]; rescale[row] is for what was summed before. Of blocks, values lie as
+// columns and the output along the lanes.
 template <int NV, int CHANNELS, class Operand>
 void sum_values(Tile<Operand>& t, int64_t first, int64_t count, Panels<Operand> values, const Operand* weights, const float* rescale) {
+    constexpr int PADDED = whole_registers(CHANNELS);
+    const float* factors = t.summed ? rescale : nullptr;
+    t.summed = true;
+#if defined(ATTNREG_HAS_AMX)
+    if constexpr (Operand::BLOCK > 1) {
+        return multiply_columns<NV, PADDED>(blocks_of(count), values.first, values.panel, weights, t.output, factors);
+    }
+#endif
     Depths depths[NV * LANES];
     group_depths<NV * LANES, Operand::WIDTH>(t, first, count, depths);
-    multiply_values<NV * LANES, whole_registers(CHANNELS)>(depths, values, weights, t.output, t.summed ? rescale : nullptr);
-    t.summed = true;
+    multiply_values<NV * LANES, PADDED>(depths, values, weights, t.output, factors);
 }
-
-#if defined(ATTNREG_HAS_AMX)
-// The same by blocks: the output lies along the lanes.
-template <int NV, int CHANNELS>
-void sum_values(Tile<BlockPair>& t, int64_t, int64_t count, Panels<BlockPair> values, const BlockPair* weights, const float* rescale) {
-    constexpr int PADDED = whole_registers(CHANNELS);
-    multiply_columns<NV, PADDED>(blocks_of(count), values.first, values.panel, weights, t.output, t.summed ? rescale : nullptr);
-    t.summed = true;
-}
-#endif
 
 // The same without rescaling: `ones` holds as many as there are lanes.
 template <int NV, int CHANNELS, class Operand>
