@@ -21,8 +21,8 @@ def products_of(dtype: str, hardware: Hardware) -> list[str]:
     """The ways to multiply this dtype, best first."""
     tiles = has_tiles(hardware) and not refused()
     if dtype == "float32":
-        # Faster where a core's other thread rests, slower where it does not (measured on an Emerald Rapids, D 64, 2,048
-        # tokens: 24 ms or 60, against 39): that is for the tuner to find out.
+        # How much faster depends on what a core's other thread does (measured on an Emerald Rapids, D 64, 2,048 tokens:
+        # 23 to 33 ms, against 31 to 45): that is for the tuner to find out.
         return ["fma", "amx_bf16x3"] if tiles else ["fma"]
     if dtype == "bfloat16" and has_bfloat_dot(hardware):
         return ["amx", "dot", "fma"] if tiles else ["dot", "fma"]

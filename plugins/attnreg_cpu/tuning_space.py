@@ -141,5 +141,5 @@ def _promising(preferred: int, shapes: list[tuple[int, str]]) -> list[dict[str, 
     changes += [{"vectors": other, "block_kv": 192}, {"tiles": 8}, {"tiles": 2, "block_kv": 128}, {"vectors": other}]
     split = [n for n, product in shapes if product == "amx_bf16x3"]
     if split:
-        changes.insert(1, {"product": "amx_bf16x3", "vectors": max(split), "tiles": 16, "block_kv": 128})
+        changes.insert(1, {"product": "amx_bf16x3", "vectors": min(2, max(split)), "tiles": 16, "block_kv": 256})
     return changes

@@ -1,7 +1,7 @@
 // float32 values as sums of three bfloat16 parts, exactly: what lets AMX multiply them at float32's accuracy.
 //
 // Cutting off the lower half of a value leaves its first 8 bits; of the rest, the next 8, and then the last 8. Of the nine products of two
-// values' parts the six greatest are summed, the smallest first; what is left out is below 2^-23 of the product. Parts below 2^-126 are
+// values' parts the six greatest are summed; what is left out is below 2^-23 of the product. Parts below 2^-126 are
 // taken as 0. Infinity has no rest, so whoever packs looks for values that are not finite.
 #pragma once
 #include "pack.h"
