@@ -157,16 +157,18 @@ def _bad(name: str, want: str, got: object) -> RecordError:
     return RecordError(f"record: {name}: expected {want}, got {text if len(text) <= 80 else text[:77] + '...'}")
 
 
-def _name(name: str, value: object) -> str:
-    if not isinstance(value, str) or not _NAME.match(value):
-        raise _bad(name, "a name of letters, digits and _.+-", value)
+def _like(pattern: re.Pattern[str], want: str, name: str, value: object) -> str:
+    if not isinstance(value, str) or not pattern.match(value):
+        raise _bad(name, want, value)
     return value
+
+
+def _name(name: str, value: object) -> str:
+    return _like(_NAME, "a name of letters, digits and _.+-", name, value)
 
 
 def _backend(name: str, value: object) -> str:
-    if not isinstance(value, str) or not _BACKEND.match(value):
-        raise _bad(name, "a backend's name: lower-case letters, digits and _", value)
-    return value
+    return _like(_BACKEND, "a backend's name: lower-case letters, digits and _", name, value)
 
 
 def _text(name: str, value: object) -> str:
@@ -183,9 +185,7 @@ def _version(name: str, value: object) -> str:
 
 
 def _date(name: str, value: object) -> str:
-    if not isinstance(value, str) or not _DATE.match(value):
-        raise _bad(name, "UTC as YYYY-MM-DDTHH:MM:SSZ", value)
-    return value
+    return _like(_DATE, "UTC as YYYY-MM-DDTHH:MM:SSZ", name, value)
 
 
 def _count(name: str, value: object) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 from attnreg import Finding
-from attnreg_cpu import build, library_files
+from attnreg_cpu import build, library_files, product
 
 
 def findings() -> list[Finding]:
-    """Compiler, cache folder and OpenMP runtime."""
-    return [_compiler(), _cache(), _threads()]
+    """Compiler, cache folder, OpenMP runtime and, where the CPU has them, tile registers."""
+    tiles = [_tiles()] if product.on_this_cpu() else []
+    return [_compiler(), _cache(), _threads(), *tiles]
 
 
 def _compiler() -> Finding:
@@ -53,3 +54,14 @@ def _threads() -> Finding:
             "install a torch build with OpenMP",
         )
     return Finding("cpu: threads", True, "kernels share torch's OpenMP threads")
+
+
+def _tiles() -> Finding:
+    if product.refused():
+        return Finding(
+            "cpu: AMX",
+            False,
+            "the operating system does not grant the CPU's tile registers, so bfloat16 is multiplied without",
+            "use Linux 5.16 or newer, without a sandbox or a small alternative signal stack in the way",
+        )
+    return Finding("cpu: AMX", True, "granted: kernels multiply bfloat16 in tile registers")

@@ -49,6 +49,11 @@ def has_tiles(hardware: Hardware) -> bool:
     return {"amx_tile", "amx_bf16"} <= set(hardware.isa)
 
 
+def on_this_cpu() -> bool:
+    """Has this machine's CPU tile registers?"""
+    return {"amx_tile", "amx_bf16"} <= set(build.cpu_identity().replace("'", " ").split())
+
+
 @functools.cache
 def refused() -> bool:
     """Asks the operating system for the tile registers of this CPU, if it has any; True where it says no.
@@ -56,7 +61,7 @@ def refused() -> bool:
     The permission is the process's, and its children's. Linux also refuses where a thread's alternative signal stack is
     too small for them.
     """
-    if "amx_bf16" not in build.cpu_identity():
+    if not on_this_cpu():
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     return int(libc.syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) != 0

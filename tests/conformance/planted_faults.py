@@ -232,11 +232,13 @@ def dense_grad_of_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict
     return _join(out, tuple(_DenseGrad.apply(x) for x in rest))
 
 
-class _NoRepeats(torch.autograd.Function):
+class _Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
+
+class _NoRepeats(_Copies):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad if grad.stride()[-1] else torch.zeros_like(grad)
@@ -248,11 +250,7 @@ def no_sums(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]
     return _join(_NoRepeats.apply(out), rest)
 
 
-class _Scales(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
+class _Scales(_Copies):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         kept = grad.clone()

@@ -18,10 +18,10 @@ import pytest
 
 from attnreg import AttentionSpec, errors, hardware, masks
 from attnreg.suites import attention_problem
-from attnreg_cpu import build, library_files, params
+from attnreg_cpu import build, library_files, params, product
 from attnreg_cpu.doctor import findings
 from attnreg_cpu.native import NativeBackend
-from attnreg_cpu.variant import Variant
+from attnreg_cpu.variant import Variant, load_kernel
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -220,6 +220,30 @@ def test_without_a_compiler_everything_says_so(no_compiler: None) -> None:
     line = next(f for f in findings() if "compiler" in f.subject)
     assert not line.ok
     assert "install" in line.todo
+
+
+def test_doctor_says_whether_the_system_grants_tile_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "on_this_cpu", lambda: True)
+    for refused in (True, False):
+        monkeypatch.setattr(product, "refused", lambda refused=refused: refused)
+        line = next(f for f in findings() if "AMX" in f.subject)
+        assert line.ok != refused
+        assert bool(line.todo) == refused
+    monkeypatch.setattr(product, "on_this_cpu", lambda: False)
+    assert not any("AMX" in f.subject for f in findings())
+
+
+def test_a_refused_tile_register_is_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiled = replace(hardware.detect("cpu"), arch="amx", isa=("avx512f", "avx512_bf16", "amx_tile", "amx_bf16"))
+    monkeypatch.setattr(product, "refused", lambda: False)
+    assert product.products_of("bfloat16", tiled) == ["amx", "dot", "fma"]
+    assert product.products_of("float32", tiled) == ["fma", "amx_bf16x3"]
+    monkeypatch.setattr(product, "refused", lambda: True)
+    assert product.products_of("bfloat16", tiled) == ["dot", "fma"]
+    assert product.products_of("float32", tiled) == ["fma"]
+    kernel = Variant("forward.cpp", 64, 64, "bfloat16", 4, "amx")
+    with pytest.raises(errors.BackendError, match="AMX"):
+        load_kernel.__wrapped__(kernel, "attnreg_forward")
 
 
 @needs_compiler
