@@ -78,10 +78,12 @@ def find_truth(
     p = inputs.problem
     grad_out, grad_lse = _weights(inputs, rows, summed)
     exact: Solver = (inputs, rows, grad_out, grad_lse, keep, torch.float64, None)
-    parts, grads, floors = _solve(*exact, noise=True)
-    if grads and p.out_dtype not in HALF:  # there, the plain computation's own rounding is far larger
-        shaken = _solve(*exact, tremble=float(torch.finfo(p.out_dtype).eps))[1]
-        floors = {name: floors[name] + 3 * _largest(grad) for name, grad in shaken.items()}
+    shaken: list[Part] = []
+    shaken_grads: dict[str, Tensor] = {}
+    if inputs.leaves and p.out_dtype not in HALF:  # there, the plain computation's own rounding is far larger
+        shaken, shaken_grads, _ = _solve(*exact, tremble=float(torch.finfo(p.out_dtype).eps))
+    parts, grads, floors = _solve(*exact, noise=True, shaken=shaken)
+    floors |= {name: floors[name] + 3 * _largest(grad) for name, grad in shaken_grads.items()}
     dtype: torch.dtype = getattr(torch, p.dtype)
     rounding = rounding_of(p)
     work = torch.float32 if rounding is not None else dtype
@@ -151,8 +153,12 @@ def _solve(
     rounding: Rounding | None,
     noise: bool = False,
     tremble: float = 0.0,
+    shaken: list[Part] | None = None,
 ) -> tuple[list[Part], dict[str, Tensor], dict[str, float]]:
-    """Parts and gradients in `dtype`, and what rounding of `out` alone may do to each gradient."""
+    """Parts and gradients in `dtype`, and what rounding of `out` alone may do to each gradient.
+
+    shaken: the parts under logits that are off by their rounding, for that.
+    """
     p, spec = inputs.problem, inputs.problem.spec
     wide = torch.float64 if dtype == torch.float64 else None
     tensors = dict(inputs.tensors)
@@ -174,7 +180,7 @@ def _solve(
             weights += [lse_rows(spec.layout, grad_lse, part).to(part.lse.dtype) for part in parts]
         grads = _backward(outputs, weights, leaves, retain=noise)
         if noise:
-            floors = _noise(p, parts, weights[: len(parts)], leaves)
+            floors = _noise(p, parts, weights[: len(parts)], leaves, shaken or parts)
     detached = [Part(x.shape, x.rows, x.out.detach(), x.lse.detach(), x.empty) for x in parts]
     return detached, grads, floors
 
@@ -194,18 +200,24 @@ def _backward(
     }
 
 
-def _noise(p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mapping[str, Tensor]) -> dict[str, float]:
-    """What an `out` rounded to its dtype does to each gradient, at most.
+def _noise(
+    p: Problem, parts: list[Part], grad_out: list[Tensor], leaves: Mapping[str, Tensor], shaken: list[Part]
+) -> dict[str, float]:
+    """What an `out` rounded to its dtype, or of logits that were rounded in another order, does to each gradient.
 
     A flash backward pass reads sum(grad_out * out) off the rounded output. An error n of that sum changes the
     gradients exactly as a weight n on lse would; where one key takes a whole row, their true value is 0 and
-    nothing but this error is left.
+    nothing but this error is left. Forward and backward may sum a logit in different orders, so that the weights of the
+    one are not those of the other: `shaken`, three times as for the gradients themselves.
     """
     eps, units = _eps(p)
     unit = eps * max(units / 2, 1)  # two float32 sums of head_dim products in different orders differ by several eps
     weights = []
-    for part, weight in zip(parts, grad_out, strict=True):
-        size = (weight * part.out.detach()).square().sum(-1).sqrt() * unit
+    for part, other, weight in zip(parts, shaken, grad_out, strict=True):
+        out = part.out.detach()
+        size = (weight * out).square().sum(-1).sqrt() * unit
+        # What _noise's weights are doubled by at the end is in the three already.
+        size = torch.maximum(size, 1.5 * (weight * (other.out.detach() - out)).sum(-1).abs().nan_to_num())
         sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
         weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))
     given = _backward([part.lse for part in parts], weights, leaves, retain=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 from attnreg import Hardware, errors
 from attnreg_cpu import build
@@ -43,11 +44,14 @@ def build_all(
         raise errors.InputError("dtypes", f"expected names out of {', '.join(ELEMENTS)}, got {', '.join(unknown)}")
     work = list(_work(hardware, head_dims, dtypes, gradients, whole_space))
 
+    one_line = Lock()  # print writes a line and its end one after the other
+
     def one(item: tuple[str, dict[str, int | str]]) -> None:
         source, defines = item
         path = build.build(source, defines)
         said = " ".join(f"{name.removeprefix('ATTNREG_').lower()}={value}" for name, value in defines.items())
-        say(f"{source} {said}: {path}")
+        with one_line:
+            say(f"{source} {said}: {path}")
 
     with ThreadPoolExecutor(jobs or hardware.cores) as pool:
         list(pool.map(one, work))

@@ -66,10 +66,12 @@ def test_forward_is_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
     {"vectors": 3, "tiles": 2, "block_kv": 128, "layout_q": 96, "layout_kv": 128},
     {"vectors": 2, "tiles": 4, "block_kv": 64, "pack": "values", "layout_q": 32, "layout_kv": 64},
     {"vectors": 4, "tiles": 8, "block_kv": 128, "product": "fma"},
+    {"vectors": 3, "product": "dot"},
+    {"vectors": 2, "tiles": 16, "block_kv": 256, "product": "amx_bf16x3"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim == 64], ids=str)
 def test_every_configuration_gives_the_same(case: Case, config: dict[str, Any]) -> None:
-    compare(case, torch.bfloat16 if "product" in config else torch.float32, **config)
+    compare(case, torch.bfloat16 if config.get("product") in ("fma", "dot") else torch.float32, **config)
 
 
 @pytest.mark.parametrize(("heads", "rows"), [(1, 80), (32, 1), (3, 1)], ids=str)
