@@ -13,7 +13,7 @@ from attnreg_cpu import library_files
 
 # The command, whose compiler writes through the cache of the other tests: they have most of these libraries too.
 BUILD = """
-import os, shutil
+import os, shutil, sys
 from pathlib import Path
 from attnreg.cli import main
 from attnreg_cpu import build, library_files
@@ -24,7 +24,7 @@ def through(command, target):
         if not library_files.is_whole(kept):
             compile_(command, kept)
     shutil.copyfile(kept, target)
-    print("compiled", target.name)
+    sys.stdout.write(f"\ncompiled {target.name}\n")  # a line of its own, whatever other threads print
 build._compile = through
 main()
 """
