@@ -24,7 +24,7 @@ def through(command, target):
         if not library_files.is_whole(kept):
             compile_(command, kept)
     shutil.copyfile(kept, target)
-    sys.stdout.write(f"\ncompiled {target.name}\n")  # a line of its own, whatever other threads print
+    sys.stdout.write(f"\\ncompiled {target.name}\\n")  # a line of its own, whatever other threads print
 build._compile = through
 main()
 """
