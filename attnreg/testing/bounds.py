@@ -216,7 +216,7 @@ def _noise(
     for part, other, weight in zip(parts, shaken, grad_out, strict=True):
         out = part.out.detach()
         size = (weight * out).square().sum(-1).sqrt() * unit
-        # What _noise's weights are doubled by at the end is in the three already.
+        # Half of three, as the gradients are doubled below.
         size = torch.maximum(size, 1.5 * (weight * (other.out.detach() - out)).sum(-1).abs().nan_to_num())
         sign = 1 - 2 * (torch.arange(size.numel(), device=size.device).reshape(size.shape) % 3 % 2)
         weights.append(torch.where(part.lse == -torch.inf, torch.zeros_like(size), size * sign))

@@ -205,10 +205,10 @@ def _chunk(
     if how.tremble:
         # What v gets through weights that are off: their error alone, in the place of the weights.
         off = weights.detach() * grouped(shake(score.detach(), how.tremble), group)
-        shaken = weights.detach() + off - weights.detach() * off.sum(-1, keepdim=True)
         fixed = v.detach()[:, None]
-        graph = weights @ fixed - (weights @ fixed).detach() + off @ (v - v.detach())[:, None]  # its value is 0
-        return (shaken @ fixed + graph).flatten(0, 1), lse, empty
+        # What the output gets: softmax takes off what all weights of a row have in common.
+        change = (off - weights.detach() * off.sum(-1, keepdim=True)) @ fixed
+        return (weights @ fixed + change + off @ (v[:, None] - fixed)).flatten(0, 1), lse, empty
     return (weights @ v[:, None]).flatten(0, 1), lse, empty
 
 

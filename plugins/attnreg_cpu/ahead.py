@@ -14,7 +14,7 @@ from attnreg_cpu import build
 from attnreg_cpu.decode import CACHES
 from attnreg_cpu.product import of_gradients, products_of, takes
 from attnreg_cpu.tuning_space import VECTORS, preferred_vectors
-from attnreg_cpu.variant import ELEMENTS, shaped
+from attnreg_cpu.variant import ELEMENTS, Variant
 
 HEAD_DIMS = (64, 96, 128)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,7 +69,8 @@ def _work(
             for product in products if whole_space else products[:1]:
                 for vectors in VECTORS if whole_space else preferred_vectors(hardware, product):
                     sources = ["forward.cpp"]
+                    # The backward kernel of multiply-adds comes with those.
                     if gradients and takes(product, vectors, gradients=True) and of_gradients(product) == product:
                         sources.append("backward.cpp")
                     for source in sources:
-                        yield source, shaped(source, head_dim, head_dim, dtype, vectors, product).defines()
+                        yield source, Variant(source, head_dim, head_dim, dtype, vectors, product).defines()

@@ -13,6 +13,7 @@ from attnreg import Hardware
 from attnreg_cpu import build
 
 PRODUCTS = ("fma", "dot", "amx", "amx_bf16x3")  # in the order of the kernels' numbers
+TILES = {"amx_tile", "amx_bf16"}  # flags of a CPU that multiplies blocks of bfloat16 in tile registers
 # arch_prctl of Linux on x86-64, its request for a feature of extended state, and that of the tile registers' data.
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -46,12 +47,12 @@ def has_bfloat_dot(hardware: Hardware) -> bool:
 
 def has_tiles(hardware: Hardware) -> bool:
     """Does the CPU multiply blocks of bfloat16 in tile registers?"""
-    return {"amx_tile", "amx_bf16"} <= set(hardware.isa)
+    return set(hardware.isa) >= TILES
 
 
 def on_this_cpu() -> bool:
     """Has this machine's CPU tile registers?"""
-    return {"amx_tile", "amx_bf16"} <= set(build.cpu_identity().replace("'", " ").split())
+    return set(build.cpu_identity().replace("'", " ").split()) >= TILES
 
 
 @functools.cache

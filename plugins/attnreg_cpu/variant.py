@@ -61,18 +61,11 @@ def variants_of(problem: Problem, vectors: int, product: str) -> list[Variant]:
     return [variant_of(source, problem, vectors, product) for source in sources]
 
 
-def shaped(
-    source: str, head_dim: int, head_dim_v: int, dtype: str, vectors: int, way: str, additive: bool = False
-) -> Variant:
-    """The kernel in `source` of this shape where the forward one multiplies by `way`."""
+def variant_of(source: str, problem: Problem, vectors: int, way: str) -> Variant:
+    """The kernel in `source` for a prefill problem whose forward kernel has this shape and multiplies by `way`."""
     way = product.of_gradients(way) if source == "backward.cpp" else way
-    return Variant(source, head_dim, head_dim_v, dtype, vectors, way, additive)
-
-
-def variant_of(source: str, problem: Problem, vectors: int, product: str) -> Variant:
-    """The kernel in `source` for a prefill problem under this shape of the micro-kernel."""
     additive = isinstance(problem.spec.score, scores.Additive)
-    return shaped(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, product, additive)
+    return Variant(source, problem.head_dim, problem.head_dim_v, problem.dtype, vectors, way, additive)
 
 
 @functools.cache
