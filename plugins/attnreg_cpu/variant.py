@@ -55,10 +55,13 @@ class Variant:
         return load_kernel(self, symbol)
 
 
-def variants_of(problem: Problem, vectors: int, product: str) -> list[Variant]:
-    """The kernels that a prefill problem needs under this shape of the micro-kernel."""
+def variants_of(problem: Problem, vectors: int, way: str) -> list[Variant]:
+    """The kernels that a prefill problem may need under this shape of the micro-kernel."""
     sources = ("forward.cpp", "backward.cpp") if problem.needs_grad else ("forward.cpp",)
-    return [variant_of(source, problem, vectors, product) for source in sources]
+    kernels = [variant_of(source, problem, vectors, way) for source in sources]
+    if way == "amx_bf16x3":
+        kernels.append(variant_of("forward.cpp", problem, vectors, "fma"))  # for values that are not finite
+    return kernels
 
 
 def variant_of(source: str, problem: Problem, vectors: int, way: str) -> Variant:

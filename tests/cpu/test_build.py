@@ -21,7 +21,7 @@ from attnreg.suites import attention_problem
 from attnreg_cpu import build, library_files, params, product
 from attnreg_cpu.doctor import findings
 from attnreg_cpu.native import NativeBackend
-from attnreg_cpu.variant import Variant, load_kernel
+from attnreg_cpu.variant import Variant, load_kernel, variants_of
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -244,6 +244,14 @@ def test_a_refused_tile_register_is_no_product(monkeypatch: pytest.MonkeyPatch) 
     kernel = Variant("forward.cpp", 64, 64, "bfloat16", 4, "amx")
     with pytest.raises(errors.BackendError, match="AMX"):
         load_kernel.__wrapped__(kernel, "attnreg_forward")
+
+
+def test_parts_are_ready_where_what_takes_infinity_is() -> None:
+    kernels = variants_of(PATHS["forward"], 2, "amx_bf16x3")
+    assert [(kernel.source, kernel.product) for kernel in kernels] == [
+        ("forward.cpp", "amx_bf16x3"),
+        ("forward.cpp", "fma"),
+    ]
 
 
 @needs_compiler
