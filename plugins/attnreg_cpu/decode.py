@@ -15,14 +15,13 @@ from attnreg import Hardware, Problem, SearchSpace, block_of, scores, sparsity
 from attnreg_cpu import build, params
 from attnreg_cpu.arguments import Arguments, dense_rows, longest
 from attnreg_cpu.conjunction import read_conjunction
-from attnreg_cpu.tuning_space import lanes_of
 from attnreg_cpu.variant import check_status
 
-__all__ = ["Decode", "decode_space", "decode_supports", "is_decode"]
+__all__ = ["Decode", "decode_space", "decode_supports"]
 
-MOST_ROWS = 64
-MOST_ROWS_OF_IDLE_CORES = 512
+MOST_ROWS = 64  # of a KV head that one task takes
 ONE_PASS = 4  # rows that the products take at once
+LARGE_CACHE = 1 << 27  # bytes, more than a last-level cache keeps of it between two calls
 WIDEN_ROWS = 9  # from which a narrow cache is widened once a block, unless tuned otherwise
 CACHES = {
     "float32": "float",
@@ -37,27 +36,10 @@ SCALES = ("q_descale", "k_descale", "v_descale")
 _end_packer = struct.Struct("=20q")
 
 
-def is_decode(problem: Problem, hardware: Hardware) -> bool:
-    """Is this the decode path's work: few rows a KV head, or a cache that the prefill kernels do not read?
-
-    Few are also rows that would leave prefill half of the cores idle, as it cuts nothing but rows (128 query heads on
-    one KV head): decoding cuts the keys as well. Where both fill the cores, it is a tenth slower for so many.
-    """
-    rows = problem.sq * problem.group
-    if rows <= MOST_ROWS or problem.kv_dtype not in ("float32", "float16", "bfloat16"):
-        return True
-    items = -(-rows // (2 * lanes_of(hardware))) * problem.kv_heads * problem.sequences
-    return rows <= MOST_ROWS_OF_IDLE_CORES and 2 * items <= hardware.cores and problem.skv >= rows
-
-
-def decode_supports(problem: Problem, hardware: Hardware) -> list[str]:
+def decode_supports(problem: Problem) -> list[str]:
     """Every reason against the decode path, but for those that hold for all native kernels; empty if there is none."""
     spec = problem.spec
     reasons = []
-    if not is_decode(problem, hardware):
-        rows = problem.sq * problem.group
-        most = f"at most {MOST_ROWS}, or {MOST_ROWS_OF_IDLE_CORES} that would leave prefill's cores idle"
-        reasons.append(f"{rows} query rows a KV head: decoding takes {most}, over an unquantised cache")
     if problem.needs_grad:
         reasons.append(f"gradients of {', '.join(sorted(problem.grads))}: decoding has none")
     if problem.dtype not in Q_TYPES:
@@ -92,8 +74,7 @@ def decode_space(problem: Problem, hardware: Hardware) -> SearchSpace:
         "kv_heads": heads[-1] if beside else 1,
         "widen_rows": WIDEN_ROWS,
         "prefetch": _default_prefetch(problem, hardware),
-        # Measured on a Zen 3 to be faster for elements of 32 and 16 bits and slower for those of 8.
-        "streams": 4 if hardware.arch == "avx2" and problem.kv_dtype in ("float32", "bfloat16", "float16") else 1,
+        "streams": _default_streams(problem, hardware),
     }
     narrow = problem.kv_dtype != "float32"
     return SearchSpace(
@@ -135,10 +116,25 @@ def _default_block(problem: Problem) -> int:
 def _default_prefetch(problem: Problem, hardware: Hardware) -> int:
     """Bytes ahead: more arithmetic between two rows needs more of them under way on AMD's cores."""
     if hardware.vendor == "intel":
-        return 4096 if problem.kv_dtype == "float32" else 2048  # measured on an Emerald Rapids
+        return 4096  # measured on an Emerald Rapids
     if problem.sq * problem.group >= 3:
         return 16384
     return 4096 if problem.kv_dtype == "float32" else 8192
+
+
+def _default_streams(problem: Problem, hardware: Hardware) -> int:
+    """Places in turn: faster where memory is slow to answer, for elements of 32 and 16 bits but not of 8.
+
+    Measured on a Zen 3, and on an Emerald Rapids, where what the last cache holds comes faster in order.
+    """
+    size = getattr(torch, problem.kv_dtype).itemsize
+    if size == 1 or problem.sq * problem.group >= WIDEN_ROWS:
+        return 1
+    if hardware.arch == "avx2":
+        return 4
+    row = (problem.head_dim + problem.head_dim_v) * size
+    cache = problem.batch * problem.kv_heads * problem.skv * row
+    return 8 if hardware.vendor == "intel" and cache >= LARGE_CACHE else 1
 
 
 def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:

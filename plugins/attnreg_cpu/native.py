@@ -1,4 +1,4 @@
-"""The native backend: which of its paths, prefill or decode, serves a problem."""
+"""The native backend: what it can compute, by which path, and how it is configured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from attnreg import Hardware, Problem, SearchSpace, masks, scores
 from attnreg_cpu import build, library_files
-from attnreg_cpu.decode import CACHES, decode_space, decode_supports, is_decode
+from attnreg_cpu.decode import CACHES, decode_space
 from attnreg_cpu.estimate import estimate
 from attnreg_cpu.general import Weighted, dotted
+from attnreg_cpu.paths import decodes
 from attnreg_cpu.prefill import prefill_supports
 from attnreg_cpu.run import run_of
 from attnreg_cpu.tuning_space import every_shape, kernel_space, ready_shapes
@@ -31,7 +32,7 @@ class NativeBackend:
     def version_for(self, problem: Problem, hardware: Hardware) -> str:
         """Changes with the sources of the path that serves the problem."""
         problem = dotted(problem)
-        if _decodes(problem, hardware):
+        if decodes(problem, hardware):
             return f"decode-{_digest('decode.cpp')}"
         if problem.needs_grad:
             return f"backward-{_digest('forward.cpp', 'backward.cpp')}"
@@ -43,24 +44,24 @@ class NativeBackend:
         reasons = _machine_reasons(problem)
         if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
             reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
-        decodes = _decodes(problem, hardware)
+        decoded = decodes(problem, hardware)
         # What decoding does not take, prefill may; its reasons count where both refuse.
-        reasons += [] if decodes else prefill_supports(problem)
+        reasons += [] if decoded else prefill_supports(problem)
         if not reasons and build.find_compiler() is None:
-            reasons = _lacking_kernels(problem, hardware, decodes)
+            reasons = _lacking_kernels(problem, hardware, decoded)
         return reasons
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """The choices of the path that serves the problem."""
         problem = dotted(problem)
-        if _decodes(problem, hardware):
+        if decodes(problem, hardware):
             return decode_space(problem, hardware)
         return kernel_space(problem, hardware)
 
     def estimate(self, problem: Problem, hardware: Hardware) -> float:
         """Seconds of a call, from the live pairs and the bytes that must move."""
         problem = dotted(problem)
-        return estimate(problem, hardware, _decodes(problem, hardware))
+        return estimate(problem, hardware, decodes(problem, hardware))
 
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
         """Compile (or find) the kernels and return run(q, k, v, **tensors)."""
@@ -85,10 +86,6 @@ def _digest(*sources: str) -> str:
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
-def _decodes(problem: Problem, hardware: Hardware) -> bool:
-    return is_decode(problem, hardware) and not decode_supports(problem, hardware)
-
-
 def _machine_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device != "cpu":
@@ -98,10 +95,10 @@ def _machine_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _lacking_kernels(problem: Problem, hardware: Hardware, decodes: bool) -> list[str]:
+def _lacking_kernels(problem: Problem, hardware: Hardware, decoded: bool) -> list[str]:
     """Why the problem cannot be computed without a compiler; empty where its kernels lie ready."""
     wanted: list[tuple[str, dict[str, int | str]]]
-    if decodes:
+    if decoded:
         wanted = [("decode.cpp", {"ATTNREG_CACHE": CACHES[problem.kv_dtype]})]
         ready = build.ready(*wanted[0]) is not None
         what, how = f"decode kernels of {problem.kv_dtype} caches", "run `attnreg build`"

@@ -15,10 +15,11 @@ from attnreg import AttentionSpec, Problem, attention, hardware, masks, scores, 
 from attnreg.testing.oracle import attend, oracle
 from attnreg.testing.sequences import put_together
 from attnreg.validate import check
-from attnreg_cpu import build
+from attnreg_cpu import build, product
 from attnreg_cpu.conjunction import read_conjunction
 from attnreg_cpu.decode import Decode, decode_space, decode_supports
 from attnreg_cpu.native import NativeBackend
+from attnreg_cpu.paths import decodes
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -293,15 +294,40 @@ def test_repeats_bit_for_bit(threads: int) -> None:
 @pytest.mark.parametrize(("change", "word"), [
     ({"spec": spec(mask=CAUSAL | masks.Chunked(4))}, "conjunction"),
     ({"spec": spec(dropout_p=0.1)}, "dropout_p"),
-    ({"sq": 65}, "65 query rows"),
     ({"grads": frozenset({"q"})}, "gradients"),
     ({"dtype": "float64", "kv_dtype": "float64"}, "float64"),
 ])  # fmt: skip
 def test_refusals_name_their_cause(change: dict[str, Any], word: str) -> None:
     plain: dict[str, Any] = {"spec": spec(), "batch": 1, "q_heads": 1, "kv_heads": 1, "sq": 1, "skv": 64}
     problem = Problem(**{**plain, "head_dim": 8, "head_dim_k": 8, "head_dim_v": 8})
-    assert decode_supports(problem, CPU) == []
-    assert any(word in reason for reason in decode_supports(replace(problem, **change), CPU))
+    assert decode_supports(problem) == []
+    assert any(word in reason for reason in decode_supports(replace(problem, **change)))
+
+
+@pytest.mark.parametrize(("arch", "dtype", "heads", "sq", "skv", "path"), [
+    ("avx2", "float32", (8, 2), 1, 4096, "decode"),
+    ("avx2", "float32", (8, 2), 1, 5, "decode"),
+    ("avx2", "float32", (8, 8), 32, 32, "tiles"),
+    ("avx2", "float32", (8, 8), 32, 4096, "decode"),
+    ("avx2", "bfloat16", (8, 8), 16, 4096, "decode"),
+    ("avx2", "float32", (8, 8), 65, 4096, "tiles"),
+    ("amx", "bfloat16", (64, 8), 1, 4096, "decode"),
+    ("amx", "bfloat16", (64, 4), 1, 4096, "tiles"),
+    ("amx", "bfloat16", (16, 1), 1, 4096, "decode"),  # one tile for four cores
+    ("amx", "float16", (64, 4), 1, 4096, "decode"),
+])  # fmt: skip
+def test_few_rows_of_many_keys_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, arch: str, dtype: str, heads: tuple[int, int], sq: int, skv: int, path: str
+) -> None:
+    monkeypatch.setattr(product, "refused", lambda: False)
+    isa = ("avx512_bf16", "amx_tile", "amx_bf16") if arch == "amx" else ()
+    machine = replace(CPU, arch=arch, isa=isa, cores=4)
+    size = {"sq": sq, "skv": skv, "head_dim": 64, "head_dim_k": 64, "head_dim_v": 64}
+    problem = Problem(spec(), 1, *heads, **size, dtype=dtype, kv_dtype=dtype)
+    assert decodes(problem, machine) == (path == "decode")
+    assert NativeBackend().supports(problem, machine) == []
+    if path == "tiles":  # one value is held against another precision by decoding alone
+        assert decodes(replace(problem, kv_dtype="float32" if dtype != "float32" else "float16"), machine) == (sq < 65)
 
 
 def test_many_rows_decode_where_prefill_would_leave_cores_idle() -> None:

@@ -203,6 +203,14 @@ void multiply_scores(int64_t count, const BlockParts* keys, int64_t stride, cons
     block_scores<NV, TILE, DEPTH>(count, keys, stride, query, scores, peak);
 }
 
+// Calls use(blocks, c) for every two blocks of channels, `blocks` a constant, and for one that is left.
+template <int CHANNELS, class Use>
+ATTNREG_INLINE void each_two_blocks(const Use& use) {
+    int c = 0;
+    for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) use(std::integral_constant<int, 2>(), c);
+    if constexpr (CHANNELS % (2 * BLOCK) != 0) use(std::integral_constant<int, 1>(), c);
+}
+
 // out[c][lane] = rescale[lane] * out[c][lane] + sum over pairs j of values[c][j] . weights[j][lane] for CHANNELS values of c, a multiple
 // of BLOCK, and NV vectors of lanes. Without `rescale` the output is only written. `steps` counts blocks of j.
 template <int NV, int CHANNELS, class Operand>
@@ -235,47 +243,36 @@ ATTNREG_ALONE void multiply_columns(int64_t steps, const Operand* values, int64_
         join(sums[turn], rows, columns, c, v);
         turn ^= 1;
     };
-    const auto each_column = [&](auto rows, int c) ATTNREG_LAMBDA {
+    each_two_blocks<CHANNELS>([&](auto rows, int c) ATTNREG_LAMBDA {
 #pragma GCC unroll 8
         for (int v = 0; v + 2 <= NV; v += 2) take(rows, std::integral_constant<int, 2>(), c, v);
         if constexpr (NV % 2 != 0) take(rows, std::integral_constant<int, 1>(), c, NV - 1);
-    };
-    int c = 0;
-    for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) each_column(std::integral_constant<int, 2>(), c);
-    if constexpr (CHANNELS % (2 * BLOCK) != 0) each_column(std::integral_constant<int, 1>(), c);
+    });
 }
 
 // out[c][lane] += the same sum.
 template <int NV, int CHANNELS>
 ATTNREG_ALONE void accumulate_columns(int64_t steps, const BlockPair* values, int64_t stride, const BlockPair* weights, float* out) {
     constexpr int WIDTH = NV * LANES;
-    const auto add = [&](auto rows, int c) ATTNREG_LAMBDA {
-        constexpr int ROWS = decltype(rows)::value, COLUMNS = NV == 1 ? 1 : 2;
-        static_assert(NV % COLUMNS == 0, "pairs of registers");
+    constexpr int COLUMNS = NV == 1 ? 1 : 2;
+    static_assert(NV % COLUMNS == 0, "pairs of registers");
+    each_two_blocks<CHANNELS>([&](auto rows, int c) ATTNREG_LAMBDA {
         for (int v = 0; v < NV; v += COLUMNS) {
-            multiply_blocks<ROWS, COLUMNS, true>(steps, values + c * stride, stride, 0, weights + v * LANES, WIDTH,
-                                                 out + c * WIDTH + v * LANES, WIDTH);
+            multiply_blocks<decltype(rows)::value, COLUMNS, true>(steps, values + c * stride, stride, 0, weights + v * LANES, WIDTH,
+                                                                  out + c * WIDTH + v * LANES, WIDTH);
         }
-    };
-    int c = 0;
-    for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) add(std::integral_constant<int, 2>(), c);
-    if constexpr (CHANNELS % (2 * BLOCK) != 0) add(std::integral_constant<int, 1>(), c);
+    });
 }
 
 // As for other operands (micro.h). DEPTH is a multiple of BLOCK; `weights` are readable up to the next whole block of rows.
 template <int CHANNELS, int DEPTH>
 ATTNREG_ALONE void accumulate_rows(int64_t count, const BlockPair* weights, const BlockPair* rows, float* out, int64_t out_stride) {
     static_assert(DEPTH % BLOCK == 0 && CHANNELS % BLOCK == 0, "whole blocks");
-    const auto each_column = [&](const auto& use) ATTNREG_LAMBDA {
-        int c = 0;
-        for (; c + 2 * BLOCK <= CHANNELS; c += 2 * BLOCK) use(std::integral_constant<int, 2>(), c);
-        if constexpr (CHANNELS % (2 * BLOCK) != 0) use(std::integral_constant<int, 1>(), c);
-    };
     int64_t j = 0;
     const auto step = [&](auto blocks) ATTNREG_LAMBDA {
         constexpr int ROWS = decltype(blocks)::value;
         for (; j + ROWS * BLOCK <= count; j += ROWS * BLOCK) {
-            each_column([&](auto columns, int c) ATTNREG_LAMBDA {
+            each_two_blocks<CHANNELS>([&](auto columns, int c) ATTNREG_LAMBDA {
                 multiply_blocks<ROWS, decltype(columns)::value, true>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, 0, rows + c, CHANNELS,
                                                                       out + j * out_stride + c, out_stride);
             });
@@ -286,7 +283,7 @@ ATTNREG_ALONE void accumulate_rows(int64_t count, const BlockPair* weights, cons
     if (j == count) return;
     // The last rows, by themselves: what lies behind them in `out` is not theirs.
     alignas(64) float sums[BLOCK * 2 * BLOCK];
-    each_column([&](auto columns, int c) {
+    each_two_blocks<CHANNELS>([&](auto columns, int c) {
         constexpr int COLUMNS = decltype(columns)::value;
         multiply_blocks<1, COLUMNS, false>(DEPTH / BLOCK, weights + j * DEPTH, DEPTH, 0, rows + c, CHANNELS, sums, 2 * BLOCK);
         for (int64_t i = j; i < count; ++i) {

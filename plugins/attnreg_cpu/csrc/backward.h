@@ -94,7 +94,7 @@ class Backward {
             tiles[t].d_query = carver.take<float>(ADDITIVE ? HEAD_K * FULL : 0);
             tiles[t].d_weight = carver.take<float>(ADDITIVE ? HEAD_K * FULL : 0);
             tiles[t].d_out = carver.take<Operand>(OPERANDS_V * FULL);
-            tiles[t].query_rows = carver.take<Operand>(FULL * PADDED_K);
+            tiles[t].query_rows = carver.take<Operand>(ADDITIVE ? 0 : FULL * PADDED_K);
             tiles[t].d_out_rows = carver.take<Operand>(FULL * PADDED_V);
             tiles[t].lse = carver.take<float>(FULL);
             tiles[t].lse_rest = carver.take<float>(FULL);

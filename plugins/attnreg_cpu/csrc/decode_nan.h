@@ -8,31 +8,42 @@
 
 namespace attnreg {
 
-#if defined(ATTNREG_SUBNORMAL_E4M3)
+#if defined(ATTNREG_NAN_APART)
 namespace detail {
+template <int N>
+using Count = std::integral_constant<int, N>;
 // Doubled, both codes of NaN are 254, which no other code exceeds.
-ATTNREG_INLINE __m256i greatest_code(__m256i top, __m256i codes) { return _mm256_max_epu8(top, _mm256_add_epi8(codes, codes)); }
-ATTNREG_INLINE __m256i load_codes(const e4m3_t* p, std::integral_constant<int, 32>) { return load_as<__m256i>(p); }
-ATTNREG_INLINE __m256i load_codes(const e4m3_t* p, std::integral_constant<int, 8>) {
-    return _mm256_zextsi128_si256(_mm_loadl_epi64((const __m128i*)p));
-}
-// Calls see(d, codes) for blocks of 32 and then of 8 codes; what is left of 8 was widened by load_wide.
+#if defined(ATTNREG_AVX512)
+typedef __m512i Codes;
+ATTNREG_INLINE Codes doubled(Codes x) { return _mm512_add_epi8(x, x); }
+ATTNREG_INLINE Codes greater(Codes a, Codes b) { return _mm512_max_epu8(a, b); }
+ATTNREG_INLINE bool holds_nan(Codes top) { return _mm512_cmpeq_epi8_mask(top, _mm512_set1_epi8(-2)) != 0; }
+ATTNREG_INLINE Codes load_codes(const e4m3_t* p, Count<LANES>) { return _mm512_zextsi128_si512(load_as<__m128i>(p)); }
+#else
+typedef __m256i Codes;
+ATTNREG_INLINE Codes doubled(Codes x) { return _mm256_add_epi8(x, x); }
+ATTNREG_INLINE Codes greater(Codes a, Codes b) { return _mm256_max_epu8(a, b); }
+ATTNREG_INLINE bool holds_nan(Codes top) { return _mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8(-2))) != 0; }
+ATTNREG_INLINE Codes load_codes(const e4m3_t* p, Count<LANES>) { return _mm256_zextsi128_si256(_mm_loadl_epi64((const __m128i*)p)); }
+#endif
+constexpr int CODES = sizeof(Codes);
+ATTNREG_INLINE Codes load_codes(const e4m3_t* p, Count<CODES>) { return load_as<Codes>(p); }
+// Calls see(d, codes) for whole registers of codes and then for blocks of LANES; what is left was widened by load_wide.
 template <class See>
 ATTNREG_INLINE void each_block(int64_t dim, const See& see) {
     int64_t d = 0;
-    for (; d + 32 <= dim; d += 32) see(d, std::integral_constant<int, 32>());
-    for (; d + 8 <= dim; d += 8) see(d, std::integral_constant<int, 8>());
+    for (; d + CODES <= dim; d += CODES) see(d, Count<CODES>());
+    for (; d + LANES <= dim; d += LANES) see(d, Count<LANES>());
 }
 // Does any of N rows hold a NaN?
 template <int N>
 ATTNREG_INLINE bool hold_nan(const e4m3_t* const* rows, int64_t dim) {
-    __m256i top[N];
-    repeat<N>([&](int i) ATTNREG_LAMBDA { top[i] = _mm256_setzero_si256(); });
+    Codes top[N] = {};
     each_block(dim, [&](int64_t d, auto codes) ATTNREG_LAMBDA {
-        repeat<N>([&](int i) ATTNREG_LAMBDA { top[i] = greatest_code(top[i], load_codes(rows[i] + d, codes)); });
+        repeat<N>([&](int i) ATTNREG_LAMBDA { top[i] = greater(top[i], doubled(load_codes(rows[i] + d, codes))); });
     });
-    repeat<N>([&](int i) ATTNREG_LAMBDA { top[0] = _mm256_max_epu8(top[0], top[i]); });
-    return __builtin_expect(_mm256_movemask_epi8(_mm256_cmpeq_epi8(top[0], _mm256_set1_epi8(-2))) != 0, 0);
+    repeat<N>([&](int i) ATTNREG_LAMBDA { top[0] = greater(top[0], top[i]); });
+    return __builtin_expect(holds_nan(top[0]), 0);
 }
 // Calls lose(j) for each of `count` rows that holds a NaN.
 template <class Lose>

@@ -78,6 +78,10 @@ ATTNREG_INLINE vfloat load_among_sums(const e5m2_t* p) {
 #endif
 #endif
 
+#if defined(ATTNREG_AVX2) || defined(ATTNREG_AVX512)
+#define ATTNREG_NAN_APART 1  // load_finite of e4m3 takes NaN for a number
+#endif
+
 #if defined(ATTNREG_AVX2) && defined(ATTNREG_ZEN)
 // Shifted by 20, the exponent and mantissa stand in float32's place below five copies of the sign, of which four go, and lack 120 of the
 // exponent's bias. Subnormals come out right, as subnormals: a Zen 3 multiplies them at full speed (measured; the other Zens are
@@ -113,16 +117,17 @@ struct Unit<e4m3_t> {
 };
 // Sign extension leaves the sign in bits 7 and above, so shifting by 7 puts the exponent and mantissa in float16's place below two
 // copies of the sign, of which the lower goes. Subnormals come out right; the two NaN codes have no neighbour and are set apart.
+ATTNREG_INLINE vhalf half_of_code(vhalf_signed code) { return (vhalf)((code << 7) & int16_t(0xbfff)); }
 ATTNREG_INLINE vfloat load_wide(const e4m3_t* p) {
     const vhalf_signed x = extend_signed(p);
-    const vhalf bits = (vhalf)((x << 7) & int16_t(0xbfff));
-#if defined(ATTNREG_AVX512)
-    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(load_as<__m128i>(p), _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
-    return (vfloat)_mm512_mask_mov_ps((__m512)widen_bits(bits), nan, _mm512_set1_ps(__builtin_nanf("")));
-#else
-    return widen_bits(bits | (vhalf)((x | int16_t(0xff80)) == int16_t(-1)));
-#endif
+    return widen_bits(half_of_code(x) | (vhalf)((x | int16_t(0xff80)) == int16_t(-1)));
 }
+#if defined(ATTNREG_NAN_APART)
+template <>
+ATTNREG_INLINE vfloat load_finite(const e4m3_t* p) {
+    return widen_bits(half_of_code(extend_signed(p)));
+}
+#endif
 #endif
 
 // While one lives, subnormals are read as what they are, whatever the thread was told (torch.set_flush_denormal).
@@ -149,18 +154,19 @@ template <>
 constexpr int TOGETHER<e4m3_t> = 2;
 template <>
 constexpr int TOGETHER<e5m2_t> = 2;
+// By way of memory, which parts the register for nothing.
 ATTNREG_INLINE void widen_both(__m512i bits, vfloat (&y)[2]) {
-    y[0] = (vfloat)_mm512_cvtph_ps(_mm512_castsi512_si256(bits));
-    y[1] = (vfloat)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
+    asm("" : "+m"(bits));
+    const __m256i* half = reinterpret_cast<const __m256i*>(&bits);
+    y[0] = (vfloat)_mm512_cvtph_ps(half[0]);
+    y[1] = (vfloat)_mm512_cvtph_ps(half[1]);
 }
 ATTNREG_INLINE void load_both(const e5m2_t* p, vfloat (&y)[2]) {
     widen_both(_mm512_slli_epi16(_mm512_cvtepu8_epi16(load_as<__m256i>(p)), 8), y);
 }
 ATTNREG_INLINE void load_both(const e4m3_t* p, vfloat (&y)[2]) {
-    const __m512i x = _mm512_cvtepi8_epi16(load_as<__m256i>(p)), all = _mm512_set1_epi16(-1);
-    const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(x, 7), _mm512_set1_epi16(int16_t(0xbfff)));
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_or_si512(x, _mm512_set1_epi16(int16_t(0xff80))), all);
-    widen_both(_mm512_mask_mov_epi16(bits, nan, all), y);
+    const __m512i bits = _mm512_slli_epi16(_mm512_cvtepi8_epi16(load_as<__m256i>(p)), 7);
+    widen_both(_mm512_and_si512(bits, _mm512_set1_epi16(int16_t(0xbfff))), y);
 }
 #endif
 

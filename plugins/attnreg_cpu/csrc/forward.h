@@ -115,7 +115,9 @@ class Forward {
         b.bias = p_.bias ? carver.take<float>(block * FULL) : nullptr;
         b.allowed = p_.mask ? carver.take<float>(block * FULL) : nullptr;
         b.bits = p_.layout_row_ptr ? carver.take<int32_t>((p_.layout_block_kv + 31) / 32 * FULL) : nullptr;
-        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) place_tile<VECTORS, OPERANDS_K * PARTS, HEAD_V>(carver, tiles[t], ADDITIVE);
+        for (int64_t t = 0; t < (rows_per_item_ + FULL - 1) / FULL; ++t) {
+            place_tile<VECTORS, OPERANDS_K * PARTS, HEAD_V>(carver, tiles[t], ADDITIVE);
+        }
     }
 
     // A run of keys ready for the products.

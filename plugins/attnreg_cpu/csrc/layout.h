@@ -17,8 +17,8 @@ inline int64_t rows_per_item(const Params& p, int64_t full_tile, int64_t group) 
     return std::min<int64_t>(p.tiles, MAX_TILES) * full_tile;
 }
 
-// Calls use(first key, number of keys, bit tile or -1) for the live blocks of the item's rows. Neighbouring full blocks become one run of at
-// most block_kv keys; block_kv is at least a layout block.
+// Calls use(first key, number of keys, bit tile or -1) for the live blocks of the item's rows. Neighbouring full blocks become one run of
+// at most block_kv keys; block_kv is at least a layout block.
 template <class Use>
 void layout_runs(const Params& p, const Sequence& s, const ItemRows& rows, const Use& use) {
     const int64_t batch = p.layout_batches > 1 ? s.batch : 0, head = p.layout_heads > 1 ? rows.head : 0;
