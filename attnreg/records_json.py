@@ -12,12 +12,11 @@ from typing import Any
 from attnreg.errors import AttnregError, RecordError
 from attnreg.problem import Problem
 from attnreg.records import LEVELS, Gate, Policy, Quantiles, Record, Rival
+from attnreg.space import NAME
 
 __all__ = ["SCHEMA", "as_evidence", "from_evidence", "from_json", "line", "parse_line", "schema_of", "to_json"]
 
 SCHEMA = 1
-# No slash, no space: a name in a record can be looked up among what is loaded, and can be nothing else.
-_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}\Z")
 _BACKEND = re.compile(r"[a-z][a-z0-9_]{0,79}\Z")
 _SLUG = re.compile(r"[a-z0-9-]{1,120}\Z")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?\Z", re.ASCII)
@@ -164,7 +163,7 @@ def _like(pattern: re.Pattern[str], want: str, name: str, value: object) -> str:
 
 
 def _name(name: str, value: object) -> str:
-    return _like(_NAME, "a name of letters, digits and _.+-", name, value)
+    return _like(NAME, "a name of letters, digits and _.+-", name, value)
 
 
 def _backend(name: str, value: object) -> str:

@@ -17,11 +17,12 @@ Value = int | str | float | bool
 Config = Mapping[str, Value]
 
 
-_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}\Z")  # as records hold
+# No slash, no space: a name in a record can be looked up among what is loaded, and can be nothing else.
+NAME = re.compile(r"[A-Za-z0-9_.+-]{1,80}\Z")
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and _NAME.match(value) is not None
+    return isinstance(value, str) and NAME.match(value) is not None
 
 
 def _recordable(value: object) -> bool:

@@ -80,13 +80,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Opened:
-    """A candidate made ready. first_seconds: its first call, compilation included; seconds: a later call, roughly.
+    """A candidate made ready. seconds: of a call, roughly.
 
     peak_memory: bytes beyond the inputs while it ran. leak: bytes that each call leaves behind, 0 if it does not.
     given_up: its calls take too long for it to be worth timing; it is not kept ready.
     """
 
-    first_seconds: float
     seconds: float
     peak_memory: int
     leak: int

@@ -84,12 +84,12 @@ class LocalBench:
             backend = registry.current().get(candidate.backend).backend
             config = backend.space(self.bucket, self.hardware).check(candidate.config)
             call = bind(backend.prepare(self.bucket, config), self.inputs)
-            first = self.clock.once(call)
+            call()  # whatever it compiles is no part of its seconds
             seconds = self.clock.once(call)
             if give_up and seconds > max(give_up, self.plan.sample_seconds):
                 peak, again = self._peak_and_seconds(call)  # one bad call must not cast out a good candidate
                 if again > give_up:
-                    return Opened(first, min(seconds, again), peak, self._leak_told(call, seconds), given_up=True)
+                    return Opened(min(seconds, again), peak, self._leak_told(call, seconds), given_up=True)
             seconds = min(seconds, self.clock.once(call))
             peak, _ = self._peak_and_seconds(call)
             leak = self._leak(call, seconds)
@@ -97,7 +97,7 @@ class LocalBench:
         except Exception as error:
             raise Refusal(f"raised {type(error).__name__}: {error}", candidate) from error
         self._calls[candidate.key] = (call, seconds)
-        return Opened(first, seconds, peak, leak)
+        return Opened(seconds, peak, leak)
 
     def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
         """Interleaved samples with probes between them; each round in an order of its own."""

@@ -47,7 +47,7 @@ class ReplayBench:
 
     def open(self, candidate: Candidate, give_up: float = 0.0) -> Opened:
         seconds = self.random.choice(self.times[candidate.key])
-        return Opened(seconds, seconds, 0, 0)
+        return Opened(seconds, 0, 0)
 
     def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
         out = []

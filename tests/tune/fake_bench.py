@@ -53,7 +53,7 @@ class FakeBench:
         self._check(candidate)
         seconds = self.truth(candidate)
         assert seconds is not None, "opened a candidate that failed the gate"
-        return Opened(seconds, seconds, self.memory(candidate), 0)
+        return Opened(seconds, self.memory(candidate), 0)
 
     def rounds(self, candidates: list[Candidate], count: int) -> list[Round]:
         out = []
