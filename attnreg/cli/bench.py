@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -105,7 +106,7 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
         "isa": list(hardware.isa),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "command": "attnreg " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["attnreg", *sys.argv[1:]]),
     }
 
 
