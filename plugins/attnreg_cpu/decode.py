@@ -128,13 +128,13 @@ def _default_streams(problem: Problem, hardware: Hardware) -> int:
     Measured on a Zen 3, and on an Emerald Rapids, where what the last cache holds comes faster in order.
     """
     size = getattr(torch, problem.kv_dtype).itemsize
-    if size == 1 or problem.sq * problem.group >= WIDEN_ROWS:
+    if size == 1:
         return 1
     if hardware.arch == "avx2":
         return 4
-    row = (problem.head_dim + problem.head_dim_v) * size
-    cache = problem.batch * problem.kv_heads * problem.skv * row
-    return 8 if hardware.vendor == "intel" and cache >= LARGE_CACHE else 1
+    few = problem.sq * problem.group < WIDEN_ROWS  # with more, memory waits for arithmetic
+    cache = problem.batch * problem.kv_heads * problem.skv * (problem.head_dim + problem.head_dim_v) * size
+    return 8 if hardware.vendor == "intel" and few and cache >= LARGE_CACHE else 1
 
 
 def _scratch(problem: Problem, config: Mapping[str, Any]) -> int:

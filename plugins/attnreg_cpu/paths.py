@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from attnreg import Hardware, Problem
 from attnreg_cpu import build
-from attnreg_cpu.decode import decode_supports
+from attnreg_cpu.decode import ONE_PASS, decode_supports
 from attnreg_cpu.prefill import prefill_supports
 from attnreg_cpu.product import products_of
 from attnreg_cpu.tuning_space import lanes_of, ready_shapes
+from attnreg_cpu.variant import ELEMENTS
 
 MOST_ROWS = 64  # query rows of a KV head: beyond, tiles of them are faster
-MOST_ROWS_OF_IDLE_CORES = 512
-FEW_ROWS = 4  # that decoding multiplies at once
-MOST_ROWS_BY_BLOCKS = 8
-KEYS_A_ROW = 8
+MOST_ROWS_OF_IDLE_CORES = 512  # where tiles would leave half of the cores without work
+MOST_ROWS_BY_BLOCKS = 8  # where AMX could multiply them
+KEYS_A_ROW = 8  # fewer keys than so many for each row: tiles are faster
 
 
 def decodes(problem: Problem, hardware: Hardware) -> bool:
@@ -25,7 +25,7 @@ def decodes(problem: Problem, hardware: Hardware) -> bool:
     if decode_supports(problem):
         return False
     rows = problem.sq * problem.group
-    if rows > MOST_ROWS and problem.kv_dtype in ("float32", "float16", "bfloat16"):
+    if rows > MOST_ROWS and problem.kv_dtype in ELEMENTS:
         idle = not _tiles_fill_cores(2, problem, hardware)
         return rows <= MOST_ROWS_OF_IDLE_CORES and idle and problem.skv >= rows
     return bool(prefill_supports(problem)) or not _tiles_are_faster(problem, hardware)
@@ -39,7 +39,7 @@ def _tiles_are_faster(problem: Problem, hardware: Hardware) -> bool:
     takes 1.3 to 4 times as long; with eight, only where the cache was read a moment ago.
     """
     rows = problem.sq * problem.group
-    if rows <= FEW_ROWS or (build.find_compiler() is None and not ready_shapes(problem, hardware)):
+    if rows <= ONE_PASS or (build.find_compiler() is None and not ready_shapes(problem, hardware)):
         return False
     if problem.skv < KEYS_A_ROW * rows:
         return True

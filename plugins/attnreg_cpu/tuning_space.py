@@ -96,7 +96,7 @@ def kernel_space(problem: Problem, hardware: Hardware) -> SearchSpace:
     # The default must lie in the space of any CPU, however small its caches are.
     while default["tiles"] > 1 and item(default) > l2:
         default["tiles"] //= 2
-    changes = [*_promising(shapes), *({"pack": other} for other in packs if other != pack)]
+    changes = [*_promising(shapes, tiles), *({"pack": other} for other in packs if other != pack)]
     return SearchSpace(
         choices=choices,
         default=default,
@@ -135,15 +135,20 @@ def _packs(problem: Problem, product: str) -> list[str]:
     return list(PACKS[2:] if product == "fma" else PACKS[1:])
 
 
-def _promising(shapes: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """Changes of the default that are tried first."""
+def _promising(shapes: list[tuple[int, str]], tiles: int) -> list[dict[str, Any]]:
+    """Changes of the default, which has so many tiles, that are tried first."""
     preferred, product = shapes[0]
     changes: list[dict[str, Any]] = [{}]
     if product == "amx":
         changes += [{"tiles": 16}, {"tiles": 4, "block_kv": 256}, {"tiles": 2, "block_kv": 128}]
         return [*changes, {"tiles": 16, "vectors": 2, "block_kv": 256}]
     other = 3 if preferred == 2 else 2
-    changes += [{"vectors": other, "block_kv": 192}, {"tiles": 8}, {"tiles": 2, "block_kv": 128}, {"vectors": other}]
+    changes += [
+        {"vectors": other, "block_kv": 192},
+        {"tiles": 4 if tiles == 8 else 8},
+        {"tiles": 2, "block_kv": 128},
+        {"vectors": other},
+    ]
     split = [n for n, way in shapes if way == "amx_bf16x3"]
     if split:
         changes.insert(1, {"product": "amx_bf16x3", "vectors": min(2, max(split)), "tiles": 16, "block_kv": 256})
