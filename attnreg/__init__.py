@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from attnreg import errors, masks, modes, registry, scores, sparsity, store
 from attnreg.backend import Backend, Finding, StaticReport
+from attnreg.derivatives import differentiable
 from attnreg.dispatch import attention, prepare, use_backend
 from attnreg.explanation import explain
 from attnreg.hardware import Hardware
 from attnreg.hookspecs import hookimpl, hookspec
 from attnreg.modes import autotune
+from attnreg.operands import is_plain
+from attnreg.operators import recorded
 from attnreg.problem import Problem, TensorInfo
 from attnreg.space import SearchSpace
 from attnreg.spec import AttentionSpec, HeadGrouping, Precision
@@ -44,14 +47,17 @@ __all__ = [
     "autotune",
     "block_of",
     "blocks",
+    "differentiable",
     "errors",
     "explain",
     "hookimpl",
     "hookspec",
+    "is_plain",
     "masks",
     "merge_states",
     "prepare",
     "record",
+    "recorded",
     "scores",
     "sparsity",
     "targets",

@@ -39,6 +39,9 @@ class Backend(Protocol):
     name: unique, lower case, such as "triton_flash". version: changes when the kernels change; it is part of
     every record's key, so that a stale measurement is seen.
 
+    Optional attribute: `derivatives`, out of "forward" (tangents of forward mode) and "higher" (gradients of
+    gradients). What it leaves out is refused, and a second derivative comes from a backend that has it.
+
     Optional methods: `version_for(problem, hardware) -> str` (of the kernels that serve the problem, where a change to
     some leaves others as they were: records name it in place of `version`),
     `estimate(problem, hardware) -> float` (seconds, ranks what nobody has measured),

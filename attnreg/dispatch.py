@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import register_constant
 
 from attnreg import modes, registry
 from attnreg.backend import error_text
 from attnreg.decide import Decision, decide
+from attnreg.derivatives import Differentiable, asked, has_higher, set_able, twice_differentiable
 from attnreg.errors import InputError, SpecError, UnsupportedError
+from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect
-from attnreg.hot import Run, exact_key, forced, growing_key, table
+from attnreg.hot import Forced, Run, Settled, exact_key, forced, growing_key, table
 from attnreg.modes import checking
+from attnreg.operands import is_plain, looks_of, settle_all, settled
+from attnreg.operators import recorded
 from attnreg.problem import Problem
+from attnreg.sharded import attend_sharded, is_sharded
 from attnreg.space import Config
 from attnreg.spec import AttentionSpec
-from attnreg.tracing import concrete, hint, is_traced, opened_at_trace_time, same, transform
+from attnreg.tracing import (
+    concrete,
+    hint,
+    is_jit_traced,
+    is_traced,
+    opened_at_trace_time,
+    ordinary,
+    same,
+    unrecorded,
+)
 from attnreg.validate import NAMES, Sizes, check
 from attnreg.values import VALUE_NAMES, check_values
 
 __all__ = ["attention", "decision", "decision_of", "prepare", "use_backend"]
 
 register_constant(AttentionSpec)
+
+RETRY_SECONDS = 60.0
+"""How long a backend stays set aside after a trouble that may pass."""
 
 
 def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
@@ -50,26 +70,24 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
             raise InputError("generator", "torch.compile cannot carry one into its graph; seed torch's own RNG instead")
         _open_graph_call()
         return _graph_call(spec, q, k, v, tensors)
+    if not ordinary():
+        return _slow(spec, q, k, v, tensors)
     try:
         key = exact_key(spec, q, k, v, tensors)
-        hit = table().exact.get(key) if transform() is None else None
-    except (AttributeError, TypeError):
-        return _slow(spec, q, k, v, tensors)  # not tensors, or symbolic sizes: it says which
+        hit = table().exact.get(key)
+    except (AttributeError, TypeError, RuntimeError):
+        return _slow(spec, q, k, v, tensors)  # not tensors, or without strides: it says which
     if hit is not None:
         run, sizes = hit
         if sizes is not None:
             check_values(spec, sizes, tensors)
         return run(q, k, v, **tensors)
-    if not tensors and _well_typed(spec, q, k, v) and not is_traced(q, k, v):
+    if not tensors and isinstance(spec, AttentionSpec):
         longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
             table().remember(key, longer, None)
             return longer(q, k, v)
     return _slow(spec, q, k, v, tensors)
-
-
-def _well_typed(spec: object, *qkv: object) -> bool:
-    return isinstance(spec, AttentionSpec) and all(isinstance(x, Tensor) for x in qkv)
 
 
 def _autocast(kind: str) -> bool:
@@ -85,23 +103,64 @@ def _given(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """Check the call, find or make its bucket's callable, run it, and remember the exact signature."""
     tensors = _given(tensors)
+    everything = (q, k, v, *tensors.values())
+    if has_torch_function(everything):  # a subclass, a proxy or a mode has a say of its own
+        return handle_torch_function(attention, everything, spec, q, k, v, **tensors)
+    remember = ordinary() and all(is_plain(x) for x in everything if isinstance(x, Tensor))
+    q, k, v, tensors = _settled(q, k, v, tensors)
+    if is_sharded(q, k, v, tensors):
+        return attend_sharded(attention, spec, q, k, v, tensors)
     if isinstance(q, Tensor) and _autocast(q.device.type):
         return _under_autocast(spec, q, k, v, tensors)
-    sizes = check(spec, q, k, v, tensors)
-    traced = is_traced(q, k, v)
-    watched = sizes if _watch(q, tensors, traced) else None
-    if watched is not None:
-        check_values(spec, sizes, tensors)
-    problem = _problem(spec, sizes, q, k, v, tensors, traced)
-    run = _known(problem)
-    out = run(q, k, v, **tensors) if run is not None else None
-    if run is None:
-        run, out = _first_call(problem, lambda run: run(q, k, v, **tensors))
-    if not traced and _stable(spec, tensors):
-        table().remember(exact_key(spec, q, k, v, tensors), run, watched)
+    jit = is_jit_traced()
+    with unrecorded():
+        call = _Call.of(spec, q, k, v, tensors)
+        known = _known(call.problem, jit)
+    if known is not None:
+        settled, out = known, known.run(q, k, v, **tensors)
+    else:
+        settled, out = _first_call(call.problem, jit, lambda run: run(q, k, v, **tensors))
+    if remember and settled.again is None and _stable(spec, tensors):
+        table().remember(exact_key(spec, q, k, v, tensors), settled.run, call.watched)
         if not tensors and (key := growing_key(spec, q, k, v)) is not None:
-            table().growing[key] = run
+            table().growing[key] = settled.run
     return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call: its problem, and the sizes that its values are checked against (None: they are not read)."""
+
+    problem: Problem
+    watched: Sizes | None
+
+    @staticmethod
+    def of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> _Call:
+        """Raises what attention() raises where the call does not fit the spec."""
+        sizes = check(spec, q, k, v, tensors)
+        traced = is_traced(q, k, v, *tensors.values())
+        watched = sizes if _watch(q, tensors, traced) else None
+        if watched is not None:
+            check_values(spec, sizes, tensors)
+        return _Call(_problem(_in_force(spec), sizes, q, k, v, tensors, traced), watched)
+
+
+def _in_force(spec: AttentionSpec) -> AttentionSpec:
+    """The spec, deterministic where torch.use_deterministic_algorithms(True) asks everything to be."""
+    wanted = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return _deterministic(spec) if wanted and not spec.deterministic else spec
+
+
+@functools.lru_cache(maxsize=1024)
+def _deterministic(spec: AttentionSpec) -> AttentionSpec:
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    return AttentionSpec(**{**fields, "deterministic": True})
+
+
+def _settled(q: Any, k: Any, v: Any, tensors: Mapping[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The call's tensors with lazy bits resolved. Raises where one holds no dense data; leaves what is no tensor."""
+    q, k, v = (settled(name, x) if isinstance(x, Tensor) else x for name, x in (("q", q), ("k", k), ("v", v)))
+    return q, k, v, settle_all(tensors)
 
 
 _graph_call = _slow
@@ -122,32 +181,35 @@ def _stable(spec: AttentionSpec, tensors: Mapping[str, Any]) -> bool:
 def _problem(
     spec: AttentionSpec, sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], traced: bool
 ) -> Problem:
+    tangents, order = asked(q, k, v, tensors)
     if not traced:
-        return Problem.of(spec, sizes, q, k, v, tensors)
-    problem = Problem.of(spec, concrete(sizes), q, k, v, tensors, traced=True, hint=hint)
+        return Problem.of(spec, sizes, q, k, v, tensors, tangents=tangents, order=order)
+    problem = Problem.of(
+        spec, concrete(sizes), q, k, v, tensors, traced=True, hint=hint, tangents=tangents, order=order
+    )
     return replace(problem, square=same(sizes.sq, sizes.skv))
 
 
-def _known(problem: Problem) -> Run | None:
-    """The callable that the problem's bucket was given before."""
-    known = table().buckets.get((problem.bucket(), forced.get()))
-    return known[0] if known is not None else None
+def _known(problem: Problem, jit: bool) -> Settled | None:
+    """What the problem's bucket was given before; None where a backend that was set aside is to be tried again."""
+    known = table().buckets.get((problem.bucket(), forced.get(), jit))
+    return known if known is None or known.again is None or time.monotonic() < known.again else None
 
 
-def _first_call(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Any]:
+def _first_call(problem: Problem, jit: bool, call: Callable[[Run], Any]) -> tuple[Settled, Any]:
     """Decide for the problem's bucket, prepare, and make the first call; one thread does, the others wait."""
-    known_table, key = table(), (problem.bucket(), forced.get())
+    known_table, key = table(), (problem.bucket(), forced.get(), jit)
     with known_table.lock(key):
-        known = known_table.buckets.get(key)
+        known = _known(problem, jit)
         if known is not None:
-            return known[0], call(known[0])
+            return known, call(known.run)
         known_table.misses += 1
         if not problem.traced:
             modes.seen(problem)
             modes.tune_missed(problem)
-        run, made, out = _settle(key[0], call)
-        known_table.buckets[key] = (run, made)
-        return run, out
+        settled, out = _settle(key[0], jit, call)
+        known_table.buckets[key] = settled
+        return settled, out
 
 
 def _decide(problem: Problem, broken: Mapping[str, str] | None = None) -> Decision:
@@ -157,36 +219,85 @@ def _decide(problem: Problem, broken: Mapping[str, str] | None = None) -> Decisi
     return decide(problem, detect(problem.device), forced=name, config=config, excluded=broken)
 
 
-def _settle(problem: Problem, call: Callable[[Run], Any]) -> tuple[Run, Decision, Any]:
+def _settle(problem: Problem, jit: bool, call: Callable[[Run], Any]) -> tuple[Settled, Any]:
     """Decide, prepare and call; a backend that breaks is set aside with a warning and the next one decided on.
 
-    A forced backend never falls back: its own error comes out.
+    A forced backend never falls back: its own error comes out. No memory is nobody's fault: it comes out as it is. A
+    trouble that may pass sets a backend aside for a while, and for good when it comes again.
     """
     broken: dict[str, str] = {}
+    again: float | None = None
     first: Exception | SystemExit | None = None
     while True:
         try:
-            made = _decide(problem, broken)
+            with unrecorded():
+                made = _decide(problem, broken)
         except UnsupportedError:
             if first is not None:
                 raise first from None
             raise
         try:
-            run = registry.current().get(made.backend).backend.prepare(problem, made.config)
-            return run, made, call(run)
-        except (InputError, SpecError, MemoryError, torch.OutOfMemoryError):
+            with unrecorded():
+                run = _prepared(problem, made, jit)
+            return Settled(run, made, again), call(run)
+        except (InputError, SpecError):
             raise
         except (Exception, SystemExit) as error:
-            if forced.get() is not None:
+            if forced.get() is not None or is_out_of_memory(error):
                 raise
             first = first or error
-            broken[made.backend] = error_text(error)
+            text = error_text(error)
+            if _comes_again(problem, made.backend, error):
+                again, when = time.monotonic() + RETRY_SECONDS, f"until {_clock(RETRY_SECONDS)}, when it is tried again"
+                broken[made.backend] = f"{text}; tried again after {_clock(RETRY_SECONDS)}"
+            else:
+                when, broken[made.backend] = "for such problems", text
             warnings.warn(
-                f"attnreg: backend {made.backend!r} broke on {problem} ({broken[made.backend]}); it is set aside for "
-                "such problems and the next backend is taken. attnreg.explain shows which.",
+                f"attnreg: backend {made.backend!r} broke on {problem} ({text}); it is set aside {when}, "
+                "and the next backend is taken. attnreg.explain shows which.",
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _comes_again(problem: Problem, backend: str, error: BaseException) -> bool:
+    """Is the backend to be tried again later? Not where the same trouble has come before."""
+    if not is_transient(error):
+        return False
+    seen, key = table().failures, (problem, backend)
+    before, seen[key] = seen.get(key), type(error).__name__
+    return before != type(error).__name__
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+
+
+def _prepared(problem: Problem, made: Decision, jit: bool) -> Run:
+    """The chosen backend's callable, with the derivatives that another backend has to compute."""
+    backend = registry.current().get(made.backend).backend
+    if jit:
+        return recorded(problem, made.backend, made.config)
+    run = backend.prepare(problem, made.config)
+    free = forced.get() is None
+    if isinstance(run, Differentiable):
+        return run.asking() if free else run
+    if problem.needs_grad and not problem.traced and not problem.spec.dropout_p and not has_higher(backend):
+        return twice_differentiable(made.backend, run, problem, free)
+    return run
+
+
+def _able(problem: Problem) -> Run:
+    """A callable with all derivatives that the problem asks for: what higher derivatives are made of."""
+    token = forced.set(None)
+    try:
+        known = _known(problem, False)
+        return (known or _first_call(problem, False, lambda run: None)[0]).run
+    finally:
+        forced.reset(token)
+
+
+set_able(_able)
 
 
 def _under_autocast(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
@@ -208,28 +319,26 @@ def _cast_named(tensors: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def decision(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> tuple[Problem, Decision]:
     """The problem of a call, and what was or would be decided for its bucket. Raises what attention() would."""
-    tensors = _given(tensors)
+    q, k, v, tensors = _settled(q, k, v, _given(tensors))
     if isinstance(q, Tensor) and _autocast(q.device.type):
         tensors = _cast_named(tensors, q.device.type)
         q, k, v = (_cast(x, q.device.type) for x in (q, k, v))
-    sizes = check(spec, q, k, v, tensors)
-    if _watch(q, tensors, False):
-        check_values(spec, sizes, tensors)
-    problem = _problem(spec, sizes, q, k, v, tensors, False)
+    problem = _Call.of(spec, q, k, v, tensors).problem
     return problem, decision_of(problem)
 
 
 def decision_of(problem: Problem) -> Decision:
     """What was or would be decided for the problem's bucket."""
-    known = table().buckets.get((problem.bucket(), forced.get()))
-    return known[1] if known is not None else _decide(problem.bucket())
+    known = table().buckets.get((problem.bucket(), forced.get(), False))
+    return known.decision if known is not None else _decide(problem.bucket())
 
 
 def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Run:
     """The callable that attention() would use, to call as `run(q, k, v, **tensors)` without check or look-up.
 
     The tensors stand for the calls to come: same dtypes, devices, strides, named tensors and need of gradients,
-    and sizes of the same bucket (each rounded up to a power of two). Raises what attention() would raise.
+    and sizes of the same bucket (each rounded up to a power of two). A call that is recorded, transformed or made with
+    tensors of another kind goes through attention() instead. Raises what attention() would raise.
     """
     if isinstance(q, Tensor) and _autocast(q.device.type):
         kind = q.device.type
@@ -237,8 +346,27 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
             inner = prepare(spec, *(_cast(x, kind) for x in (q, k, v)), **_cast_named(tensors, kind))
         return lambda q, k, v, **named: inner(*(_cast(x, kind) for x in (q, k, v)), **_cast_named(named, kind))
     problem, _ = decision(spec, q, k, v, **tensors)
-    run = _known(problem)
-    return run if run is not None else _first_call(problem, lambda run: None)[0]
+    known = _known(problem, False) or _first_call(problem, False, lambda run: None)[0]
+    return _guarded(spec, known.run, forced.get(), looks_of(q, k, v))
+
+
+def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, alike: Callable[..., bool]) -> Run:
+    """`run` for calls like the one that it was prepared for, and attention() for those that are not."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        if ordinary() and alike(q, k, v) and (not tensors or all(map(_is_plain_or_no_tensor, tensors.values()))):
+            return run(q, k, v, **tensors)
+        token = forced.set(force)
+        try:
+            return attention(spec, q, k, v, **tensors)
+        finally:
+            forced.reset(token)
+
+    return call
+
+
+def _is_plain_or_no_tensor(x: object) -> bool:
+    return not isinstance(x, Tensor) or is_plain(x)
 
 
 @contextlib.contextmanager

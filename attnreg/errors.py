@@ -11,6 +11,8 @@
     ├── BackendError (RuntimeError)
     │   ├── UnknownBackendError           no backend has that name
     │   ├── UnsupportedError              the forced backend, or every backend, refused; carries the reasons
+    │   ├── OutOfMemoryError (MemoryError)  a kernel found no memory for its own scratch buffers
+    │   ├── TransientError                a trouble that may pass: the backend is tried again later
     │   └── ConfigError (ValueError)      a configuration outside a backend's search space
     ├── PluginError (RuntimeError)        a plugin that broke its contract (kept for `attnreg doctor`)
     ├── RecordError (ValueError)          a tuning record or database that cannot be read
@@ -31,10 +33,12 @@ __all__ = [
     "DtypeError",
     "InputError",
     "MissingTensorError",
+    "OutOfMemoryError",
     "PluginError",
     "RecordError",
     "ShapeError",
     "SpecError",
+    "TransientError",
     "TuneError",
     "UnexpectedTensorError",
     "UnknownBackendError",
@@ -108,6 +112,14 @@ class UnsupportedError(BackendError):
 
     def __reduce__(self) -> tuple[type, tuple[str, dict[str, list[str]]]]:
         return type(self), (self.message, self.reasons)
+
+
+class OutOfMemoryError(BackendError, MemoryError):
+    """A kernel found no memory for its own scratch buffers. The backend is not broken, and nothing sets it aside."""
+
+
+class TransientError(BackendError):
+    """A trouble that may pass, such as an interrupted compiler: the backend is tried again later."""
 
 
 class ConfigError(BackendError, ValueError):

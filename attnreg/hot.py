@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,23 @@ from torch import Tensor
 
 from attnreg import modes, registry, store
 from attnreg.decide import Decision
+from attnreg.operands import dispatch_keys
 from attnreg.problem import bucket_size
 from attnreg.spec import AttentionSpec
 from attnreg.validate import Sizes
 
-__all__ = ["Forced", "HotTable", "Run", "clear", "exact_key", "forced", "fresh_table", "growing_key", "table"]
+__all__ = [
+    "Forced",
+    "HotTable",
+    "Run",
+    "Settled",
+    "clear",
+    "exact_key",
+    "forced",
+    "fresh_table",
+    "growing_key",
+    "table",
+]
 
 Run = Callable[..., Any]
 Forced = tuple[str, tuple[tuple[str, Any], ...] | None]
@@ -29,6 +42,20 @@ forced: ContextVar[Forced | None] = ContextVar("attnreg_forced", default=None)
 _autocast_on: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
 )
+_grad_on: Callable[[], bool] = getattr(torch._C, "is_grad_enabled", torch.is_grad_enabled)
+_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a bucket was given: a callable, the decision, and when a backend that was set aside is tried again.
+
+    again: of time.monotonic(); None where nothing is tried again.
+    """
+
+    run: Run
+    decision: Decision
+    again: float | None = None
 
 
 class Turn:
@@ -59,6 +86,8 @@ class HotTable:
     callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
     growing: by the signature less the KV length, whose bucket stands for it: a decode step, without a new check.
     buckets: by the problem's bucket, with the decision; `misses` counts what was not found even there.
+    recorded: kernels of calls that come back out of a recorded graph. failures: what a backend that may be tried again
+    said last, by bucket and backend.
     """
 
     EXACT_LIMIT = 8192
@@ -66,7 +95,9 @@ class HotTable:
     def __init__(self) -> None:
         self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
         self.growing: dict[Any, Run] = {}
-        self.buckets: dict[Any, tuple[Run, Decision]] = Bounded(self.EXACT_LIMIT)
+        self.buckets: dict[Any, Settled] = Bounded(self.EXACT_LIMIT)
+        self.recorded: dict[Any, Any] = Bounded(self.EXACT_LIMIT)
+        self.failures: dict[Any, str] = Bounded(self.EXACT_LIMIT)
         self.locks: dict[Any, Turn] = {}
         self.guard = threading.Lock()
         self.misses = 0
@@ -129,10 +160,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
-    """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path."""
+    """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path.
+
+    What else a call may depend on keeps it from the table: see `tracing.ordinary`.
+    """
     return (
         spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
+        q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, _grad_on(),
+        type(q), type(k), type(v), dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), _deterministic(),
         forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
     )  # fmt: skip
 
@@ -149,12 +184,13 @@ def growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (
         spec, q.shape, a[:axis], a[axis + 1 :], b[:axis], b[axis + 1 :], bucket_size(n), n == q.shape[axis], q.stride(),
         k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, torch.is_grad_enabled(),
+        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, _grad_on(),
+        type(q), type(k), type(v), dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), _deterministic(),
         forced.get(), _autocast_on(),
     )  # fmt: skip
 
 
 def _signature(name: str, x: Any) -> Any:
     if isinstance(x, Tensor):
-        return name, x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+        return name, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x), dispatch_keys(x)
     return name, type(x), x if isinstance(x, int) else None  # the type, since True == 1

@@ -41,9 +41,11 @@ class Problem:
     Sizes are ints; sq and skv are bounds on the longest sequence under layout thd, total_q and total_k its
     packed rows, pages the pages of a paged cache (0 elsewhere). Dtypes are torch's names without the prefix.
     strides: one class each for q, k, v (see `stride_class`). grads: the names that need a gradient.
-    square: sq == skv. traced: under torch.compile, torch.export or a torch.func transform; sizes may then be
-    symbolic at run time, so `run` serves every size and reads no value. device: "cpu", or "cuda" (HIP
-    devices are "cuda" to torch).
+    square: sq == skv. traced: recorded (torch.compile, torch.export, make_fx, a dispatch mode), inside a torch.func
+    transform, or made with tensors that hold no memory; sizes may then be symbolic at run time, so `run` serves every
+    size and reads no value. device: "cpu", or "cuda" (HIP devices are "cuda" to torch).
+    tangents: the names that carry a forward-mode tangent. order: how often the result is differentiated, as far as it
+    is known when the call is made: 2 or more inside nested torch.func transforms.
 
     A backend is asked about the bucket, whose sizes are rounded up: read `square`, not sq == skv.
     """
@@ -68,6 +70,8 @@ class Problem:
     grads: frozenset[str] = frozenset()
     square: bool = False
     traced: bool = False
+    tangents: frozenset[str] = frozenset()
+    order: int = 1
 
     @staticmethod
     def of(
@@ -80,10 +84,12 @@ class Problem:
         *,
         traced: bool = False,
         hint: Callable[[Any], int] | None = None,
+        tangents: frozenset[str] = frozenset(),
+        order: int = 1,
     ) -> Problem:
         """The problem of a call whose sizes `validate.check` returned.
 
-        hint: turns a symbolic size into a number without a guard, under tracing.
+        hint: turns a symbolic size into a number without a guard, under tracing. tangents, order: see Problem.
         """
         named = {name: x for name, x in sorted(tensors.items()) if isinstance(x, Tensor)}
         grads: set[str] = set()
@@ -104,6 +110,8 @@ class Problem:
             grads=frozenset(grads),
             square=sizes.sq == sizes.skv,
             traced=traced,
+            tangents=tangents,
+            order=order,
         )
 
     @property
@@ -211,7 +219,7 @@ class Problem:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default:
-                data[field.name] = sorted(value) if field.name == "grads" else value
+                data[field.name] = sorted(value) if isinstance(value, frozenset) else value
         data["strides"] = list(self.strides)
         data["tensors"] = {t.name: [t.dtype, list(t.dims)] for t in self.tensors}
         return data
@@ -230,6 +238,7 @@ class Problem:
             values["spec"] = AttentionSpec.model_validate(dict(data["spec"]))
             values["strides"] = tuple(data.get("strides", ("contiguous",) * 3))
             values["grads"] = frozenset(data.get("grads", ()))
+            values["tangents"] = frozenset(data.get("tangents", ()))
             named = data.get("tensors", {})
             values["tensors"] = tuple(TensorInfo(n, str(t[0]), tuple(t[1])) for n, t in sorted(named.items()))
             problem = Problem(**values)
@@ -256,6 +265,8 @@ class Problem:
             shape += f"/{self.head_dim_v}"
         kv = "" if self.kv_dtype == self.dtype else f" kv {self.kv_dtype}"
         grad = f" grad {','.join(sorted(self.grads))}" if self.grads else ""
+        grad += f" order {self.order}" if self.order > 1 else ""
+        grad += f" tangent {','.join(sorted(self.tangents))}" if self.tangents else ""
         return f"{shape} {self.dtype}{kv} {self.device}{grad} {self.spec!r}"
 
 

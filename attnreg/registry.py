@@ -18,6 +18,7 @@ import pluggy
 
 from attnreg import hookspecs
 from attnreg.backend import Backend, Finding, error_text, safe_repr, versions_for
+from attnreg.derivatives import refusals
 from attnreg.errors import PluginError, UnknownBackendError
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
@@ -240,7 +241,7 @@ def reasons_of(backend: Backend, problem: Problem, hardware: Hardware) -> list[s
         return [f"its supports() raised {error_text(error)}"]
     if not isinstance(said, (list, tuple)) or not all(isinstance(line, str) for line in said):
         return [f"its supports() must return a list of str, got {safe_repr(said)}"]
-    return list(said)
+    return [*said, *refusals(backend, problem)]
 
 
 def space_of(backend: Backend, problem: Problem, hardware: Hardware) -> SearchSpace:

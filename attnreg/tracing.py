@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from attnreg.errors import AttnregError
+from attnreg.operands import is_plain
 from attnreg.validate import Sizes
 
-__all__ = ["concrete", "hint", "is_traced", "opaque", "opened_at_trace_time", "same", "transform", "transformable"]
+__all__ = [
+    "concrete",
+    "hint",
+    "is_jit_traced",
+    "is_traced",
+    "opaque",
+    "opened_at_trace_time",
+    "ordinary",
+    "same",
+    "transform",
+    "transformable",
+    "unrecorded",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Types that hold data of their own; whatever traces brings a subclass."""
 
 
 def _no_transform() -> None:
@@ -31,19 +41,54 @@ def _no_transform() -> None:
 transform: Callable[[], object | None] = getattr(torch._C._functorch, "peek_interpreter_stack", _no_transform)
 """The innermost torch.func transform (vmap, grad, jvp) in force, or None."""
 
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_jit_state: Callable[[], object | None] = torch._C._get_tracing_state
+_set_jit_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]  # torch's stub lacks it
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Is the call traced by torch.compile, torch.export or make_fx, or inside a torch.func transform?
 
-    Then tensors hold no data to read, or more than they show, and sizes may be symbolic.
+def ordinary() -> bool:
+    """Does nobody watch the call: no transform, no mode, no torch.jit.trace, no level of forward-mode derivatives?
+
+    Only then a call may run what an earlier one was given, without asking anew.
     """
-    if transform() is not None:
+    return (
+        transform() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _jit_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_jit_traced() -> bool:
+    """Does torch.jit.trace record the call? It keeps torch's operators, and sizes are tensors meanwhile."""
+    return _jit_state() is not None
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within the block torch.jit.trace records nothing and sizes are numbers."""
+    state = _jit_state()
+    if state is None:
+        yield
+        return
+    _set_jit_state(None)
+    try:
+        yield
+    finally:
+        _set_jit_state(state)
+
+
+def is_traced(*tensors: Any) -> bool:
+    """Must the call consist of torch's operators: is it recorded, transformed, or made with tensors without memory?
+
+    So it is under torch.compile, torch.export, make_fx, torch.jit.trace, any dispatch mode and a torch.func transform,
+    and with FakeTensors and wrapper subclasses. Then values cannot be read, and sizes may be symbolic.
+    """
+    if transform() is not None or _dispatch_modes() or _jit_state() is not None:
         return True
-    return any(type(x) not in PLAIN and (is_fake(x) or _symbolic(x)) for x in tensors)
-
-
-def _symbolic(x: Tensor) -> bool:
-    return any(isinstance(n, torch.SymInt) for n in x.shape)
+    return any(isinstance(x, Tensor) and not is_plain(x) for x in tensors)
 
 
 def concrete(sizes: Sizes) -> Sizes:

@@ -179,11 +179,13 @@ class Decode:
         self._plain_end = _end_packer.pack(*[0] * 12, *self._end)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        out, lse = self.compute(q, k, v, tensors)
+        out, lse, _ = self.compute(q, k, v, tensors)
         return out if lse is None else (out, lse)
 
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None)."""
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool = False
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """out, and lse or None; see attnreg's Kernels. Decoding has no gradients, so nothing is for a backward pass."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         if not self._like_q or (out := torch.empty_like(q)).stride(-1) != 1:  # of overlapping rows it is not dense
             out = q.new_empty(*q.shape[:-1], self._head_dim_v, dtype=self._out_dtype)
@@ -200,7 +202,7 @@ class Decode:
         tail, more_kept = self._arguments.tail(tensors)
         check_status(self._kernel(self._arguments.head(q, k, v, out, lse, batch, skv) + tail + end))
         del kept, more_kept  # the bytes pointed into them
-        return out, lse
+        return out, lse, None
 
     def _empty_lse(self, q: Tensor) -> Tensor:
         *batch, a, b = q.shape[:-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +30,53 @@ def dotted(problem: Problem) -> Problem:
 
 
 class Weighted:
-    """run(q, k, v, score_weight=..., **tensors) by the run of the problem that `dotted` gave."""
+    """The kernels of a general score, by those of the problem that `dotted` gave; also run(q, k, v, **tensors)."""
 
-    def __init__(self, problem: Problem, run: Callable[..., Any]) -> None:
+    def __init__(self, problem: Problem, kernels: Any) -> None:
         self._heads_first = problem.spec.layout == "bhsd"
-        self._run = run
+        self._kernels = kernels
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, score_weight: Tensor, **tensors: Any) -> Any:
+        return self._kernels(self._weighted(q, score_weight), k, v, **tensors)
+
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, low); see attnreg's Kernels."""
+        weighted, rest = self._weighted(q, tensors["score_weight"]), _without_weight(tensors)
+        found: tuple[Tensor, Tensor | None, Tensor | None] = self._kernels.compute(weighted, k, v, rest, for_backward)
+        return found
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor, Tensor | None],
+        upstream: tuple[Tensor, Tensor | None],
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The kernels' gradients; those of q and the weight through their product, which torch differentiates."""
+        q, k, v = inputs
+        own = {"q": q, "score_weight": tensors["score_weight"]}
+        leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in own.items()}
+        with torch.enable_grad():
+            weighted = self._weighted(leaves["q"], leaves["score_weight"])
+        through = [x for x in leaves.values() if x.requires_grad]
+        inner = wanted - set(own) | ({"q"} if through else set())
+        rest = _without_weight(tensors)
+        found: dict[str, Tensor] = self._kernels.gradients((weighted.detach(), k, v), rest, results, upstream, inner)
+        if through:
+            d_weighted = found.pop("q")
+            parts = torch.autograd.grad([weighted], through, [d_weighted])
+            found |= dict(zip((n for n, x in leaves.items() if x.requires_grad), parts, strict=True))
+        return found
+
+    def _weighted(self, q: Tensor, weight: Tensor) -> Tensor:
         rows = q if self._heads_first else q.transpose(-3, -2)
-        wide = torch.promote_types(q.dtype, score_weight.dtype)
-        weighted = (rows.to(wide) @ score_weight.to(wide)).to(q.dtype)
-        return self._run(weighted if self._heads_first else weighted.transpose(-3, -2), k, v, **tensors)
+        wide = torch.promote_types(q.dtype, weight.dtype)
+        weighted = (rows.to(wide) @ weight.to(wide)).to(q.dtype)
+        return weighted if self._heads_first else weighted.transpose(-3, -2)
+
+
+def _without_weight(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in tensors.items() if name != "score_weight"}

@@ -1,14 +1,13 @@
-"""The native kernels under autograd: gradients of q, k, v and NAMED, also through lse."""
+"""Gradients by the native kernels: of q, k, v, bias, sinks and score_weight, through out and lse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnreg import errors
 from attnreg_cpu.arguments import dense_rows, longest, strides_of
 from attnreg_cpu.threads import thread_count
 from attnreg_cpu.variant import Kernel
@@ -16,48 +15,46 @@ from attnreg_cpu.variant import Kernel
 if TYPE_CHECKING:
     from attnreg_cpu.prefill import Forward
 
-NAMED = ("bias", "sinks", "score_weight")
-"""Named tensors that have gradients here."""
 LANES = 16  # rows of float32 sums are padded to a multiple of the widest vector
 
 
-class Differentiable:
-    """run(q, k, v, **tensors) of one prepared problem whose inputs may need gradients."""
+class Backward:
+    """The kernels of one prepared problem whose inputs may need gradients; attnreg puts autograd around them."""
 
     def __init__(self, forward: Forward, kernel: Kernel) -> None:
         self.forward = forward
         self._kernel = kernel
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        rest = {name: x for name, x in tensors.items() if name not in NAMED}
-        out, lse = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in NAMED))  # type: ignore[no-untyped-call]
-        return (out, lse) if self.forward.return_lse else out
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, low); see attnreg's Kernels."""
+        return self.forward.compute(q, k, v, tensors, for_backward)
 
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """(out, lse), without autograd; the backward pass reads both."""
-        return self.forward.compute(q, k, v, tensors, with_lse=True)
-
-    def backward(
+    def gradients(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
-        results: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor | None],
         upstream: tuple[Tensor, Tensor | None],
-        wanted: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, and the gradients of NAMED where wanted, each shaped and typed like its tensor."""
-        bias, sinks, weight = (tensors.get(name) for name in NAMED)
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The gradients of the names in `wanted`, each shaped and typed like its tensor; see attnreg's Kernels."""
         named = {name: x for name, x in tensors.items() if name != "sinks"}
         d_out, d_lse = upstream
-        d_q, d_k, d_v, d_bias, d_weight = self._gradients(inputs, named, results, d_out, d_lse, wanted)
-        if d_bias is not None and bias is not None:
-            d_bias = d_bias.sum_to_size(bias.shape).to(bias.dtype)
-        d_sinks = None
-        if wanted[NAMED.index("sinks")] and sinks is not None:
-            d_sinks = _sink_gradient(sinks, *results, d_out, d_lse, self.forward.layout)
-        if d_weight is not None and weight is not None:
-            d_weight = d_weight.sum((0, 1))[:, : weight.shape[1]].sum_to_size(weight.shape).to(weight.dtype)
-        return d_q, d_k, d_v, d_bias, d_sinks, d_weight
+        out, lse, _ = results
+        d_q, d_k, d_v, d_bias, d_weight = self._gradients(inputs, named, (out, lse), d_out, d_lse, wanted)
+        found = {"q": d_q, "k": d_k, "v": d_v}
+        if d_bias is not None:
+            bias = tensors["bias"]
+            found["bias"] = d_bias.sum_to_size(bias.shape).to(bias.dtype)
+        if "sinks" in wanted:
+            found["sinks"] = _sink_gradient(tensors["sinks"], out, lse, d_out, d_lse, self.forward.layout)
+        if d_weight is not None:
+            weight = tensors["score_weight"]
+            total = d_weight.sum((0, 1))[:, : weight.shape[1]]
+            found["score_weight"] = total.sum_to_size(weight.shape).to(weight.dtype)
+        return found
 
     def _gradients(
         self,
@@ -66,7 +63,7 @@ class Differentiable:
         results: tuple[Tensor, Tensor],
         d_out: Tensor,
         d_lse: Tensor | None,
-        wanted: tuple[bool, ...],
+        wanted: frozenset[str],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """dq, dk, dv, and where wanted, as float32 sums, of bias [B, Hq, Sq, Skv] and weight [shares, B, Hq, D]."""
         (q, k, v), (out, lse) = (dense_rows(x) for x in inputs), results
@@ -80,10 +77,10 @@ class Differentiable:
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = d_weight = None
         more: dict[str, int] = {"splits": shares}
-        if wanted[NAMED.index("score_weight")]:
+        if "score_weight" in wanted:
             d_weight = _sums(q.new_empty(batch, lse.shape[-2], q.shape[-1]), shares)
             more |= {"d_weight": d_weight.data_ptr(), "d_weight_row": d_weight.stride(-2)}
-        if wanted[NAMED.index("bias")]:
+        if "bias" in wanted:
             size = (batch, lse.shape[-2], *_bias_size(q, skv, tensors, forward.layout))
             d_bias = lse.new_zeros(size)
             more |= {"d_bias": d_bias.data_ptr(), "d_bias_rows": d_bias.shape[2], "d_bias_keys": d_bias.shape[3]}
@@ -111,64 +108,6 @@ def shares_of(units: int, threads: int) -> int:
         if units * shares >= 4 * threads or units * shares % threads == 0:
             return shares
     return 1
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: Differentiable,
-        tensors: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *own: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        named = {**tensors, **_given(own)}
-        out, lse = call.compute(q, k, v, named)
-        assert lse is not None
-        ctx.call = call
-        # Saved, all tensors are watched: one that is overwritten before the backward pass is torch's error.
-        ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
-        ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
-        ctx.save_for_backward(q, k, v, out, lse, *own, *(tensors[name] for name in ctx.names))
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        if d_out is None and d_lse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        own, rest = saved[: len(NAMED)], saved[len(NAMED) :]
-        named = {**ctx.rest, **dict(zip(ctx.names, rest, strict=True)), **_given(own)}
-        wanted = ctx.needs_input_grad[-len(NAMED) :]
-        found = _Gradients.apply(ctx.call, named, wanted, q, k, v, out, lse, d_out, d_lse)  # type: ignore[no-untyped-call]
-        return None, None, *found
-
-
-def _given(own: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {name: x for name, x in zip(NAMED, own, strict=True) if x is not None}
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass as a function of its own, so that a second derivative meets an error, not a missing edge."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Differentiable, named: dict[str, Any], wanted: tuple[bool, ...], *x: Any) -> Any:
-        q, k, v, out, lse, d_out, d_lse = x
-        return call.backward((q, k, v), named, (out, lse), (d_out, d_lse), wanted)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        never(ctx, *upstream)
-
-
-def never(ctx: Any, *upstream: Any) -> Any:
-    """The backward of a backward pass."""
-    raise errors.BackendError("cpu: no second derivative; attnreg.use_backend('eager') computes one")
 
 
 def _sums(x: Tensor, shares: int) -> Tensor:

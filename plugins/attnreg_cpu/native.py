@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attnreg import Hardware, Problem, SearchSpace, masks, scores
+from attnreg import Hardware, Problem, SearchSpace, differentiable, scores
 from attnreg_cpu import build, library_files
 from attnreg_cpu.decode import CACHES, decode_space
 from attnreg_cpu.estimate import estimate
 from attnreg_cpu.general import Weighted, dotted
 from attnreg_cpu.paths import decodes
 from attnreg_cpu.prefill import prefill_supports
-from attnreg_cpu.run import run_of
+from attnreg_cpu.run import kernels_of
+from attnreg_cpu.traced import traced, traced_reasons
 from attnreg_cpu.tuning_space import every_shape, kernel_space, ready_shapes
 from attnreg_cpu.variant import variants_of
 
@@ -42,8 +43,7 @@ class NativeBackend:
         """Every reason why the problem cannot be computed exactly as said; empty if it can."""
         problem = dotted(problem)
         reasons = _machine_reasons(problem)
-        if problem.traced and any(isinstance(part, masks.Custom) for part in masks.walk(problem.spec.mask)):
-            reasons.append("traced: the operator carries the spec as JSON, which a Custom mask has not")
+        reasons += traced_reasons(problem)
         decoded = decodes(problem, hardware)
         # What decoding does not take, prefill may; its reasons count where both refuse.
         reasons += [] if decoded else prefill_supports(problem)
@@ -65,14 +65,12 @@ class NativeBackend:
 
     def prepare(self, problem: Problem, config: Mapping[str, int | str | float | bool]) -> Callable[..., Any]:
         """Compile (or find) the kernels and return run(q, k, v, **tensors)."""
-        rest = dotted(problem)
-        if rest is not problem:
-            return Weighted(problem, self.prepare(rest, config))
         if problem.traced:
-            from attnreg_cpu.traced import Traced
-
-            return Traced(problem, config)
-        return run_of(problem, config)
+            return traced(problem, config)
+        rest = dotted(problem)
+        kernels: Any = kernels_of(rest, config)
+        whole: Any = kernels if rest is problem else Weighted(problem, kernels)
+        return differentiable(self.name, whole, problem) if problem.needs_grad else whole
 
     def build_ahead(self, hardware: Hardware, **options: Any) -> int:
         """Compile what calls would compile at first use; see ahead.build_all. Returns how many libraries there are."""

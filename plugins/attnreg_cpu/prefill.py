@@ -11,7 +11,7 @@ from torch import Tensor
 from attnreg import Problem, scores
 from attnreg_cpu.arguments import Arguments, dense_rows
 from attnreg_cpu.conjunction import Conjunction, read_conjunction
-from attnreg_cpu.gradient import Differentiable
+from attnreg_cpu.gradient import Backward
 from attnreg_cpu.sparse import Layouts, needs_layout
 from attnreg_cpu.tuning_space import PACKS
 from attnreg_cpu.variant import ELEMENTS, Kernel, check_status, variant_of
@@ -19,8 +19,8 @@ from attnreg_cpu.variant import ELEMENTS, Kernel, check_status, variant_of
 MAX_HEAD_DIM = 1024  # the kernels unroll nothing over it; beyond, a tile would leave the caches
 
 
-def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Forward | Differentiable:
-    """Compile (or find) the kernels and return run(q, k, v, **tensors). Raises BuildError where that fails."""
+def prefill_kernels(problem: Problem, config: Mapping[str, int | str | float | bool]) -> Forward | Backward:
+    """Compile (or find) the kernels. Raises BuildError where that fails."""
     layouts = None
     mask = read_conjunction(problem.spec.mask)
     if mask is None or needs_layout(problem):
@@ -36,7 +36,7 @@ def prefill_prepare(problem: Problem, config: Mapping[str, int | str | float | b
     forward = Forward(problem, kernel, arguments, layouts)
     if not problem.needs_grad:
         return forward
-    return Differentiable(forward, variant_of("backward.cpp", problem, *shape).kernel("attnreg_backward"))
+    return Backward(forward, variant_of("backward.cpp", problem, *shape).kernel("attnreg_backward"))
 
 
 class Forward:
@@ -52,20 +52,20 @@ class Forward:
         self.return_lse = problem.spec.return_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        out, lse = self.compute(q, k, v, tensors)
+        out, lse, _ = self.compute(q, k, v, tensors, False)
         return (out, lse) if self.return_lse else out
 
     def compute(
-        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], with_lse: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None: where neither the problem nor the caller asks for it)."""
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """out, and lse where the problem or a backward pass asks for it; see attnreg's Kernels."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         out = q.new_empty(*q.shape[:-1], self._head_dim_v)
         lse = None
-        if with_lse or self.return_lse:
+        if for_backward or self.return_lse:
             lse = q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
         self.launch(self._kernel, (q, k, v), out, lse, tensors, {})
-        return out, lse
+        return out, lse, None
 
     def launch(
         self,

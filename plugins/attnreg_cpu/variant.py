@@ -96,6 +96,6 @@ def load_kernel(variant: Variant, symbol: str) -> Kernel:
 
 
 def check_status(status: int) -> None:
-    """Raise BackendError where a kernel says that it could not run."""
+    """Raise OutOfMemoryError where a kernel says that it could not run."""
     if status:
-        raise errors.BackendError("attnreg_cpu: out of memory for a thread's scratch buffers")
+        raise errors.OutOfMemoryError("attnreg_cpu: out of memory for a thread's scratch buffers")

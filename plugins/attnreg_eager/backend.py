@@ -23,6 +23,7 @@ class Eager:
 
     name = "eager"
     version = "2"
+    derivatives = frozenset({"forward", "higher"})
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
         """Nothing is refused but what the device itself cannot repeat."""

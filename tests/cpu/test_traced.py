@@ -77,8 +77,8 @@ def test_a_compiled_graph_holds_one_operator_each_way(name: str) -> None:
             torch.autograd.backward(total(out))
             results.append((out, [x.grad for x in (*leaves, *tensors.values())]))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    assert graphs[0].count("attnreg_cpu.forward") == 1
-    assert graphs[1].count("attnreg_cpu.backward") == 1
+    assert graphs[0].count("attnreg.attention.default") == 1
+    assert graphs[1].count("attnreg.attention_backward.default") == 1
 
 
 def test_a_decode_step_in_a_compiled_graph() -> None:
@@ -93,23 +93,23 @@ def test_a_decode_step_in_a_compiled_graph() -> None:
 
 def test_operators_keep_their_promises_to_torch() -> None:
     """Schema, shapes under tracing, and autograd, as torch's own checker sees them."""
-    from attnreg_cpu import traced
+    from attnreg import operators
 
     spec = AttentionSpec(mask=CAUSAL, return_lse=True)
     seen: list[tuple[Any, ...]] = []
-    whole = traced._attend
+    whole = operators._attend
 
     def note(*arguments: Any) -> Any:
         seen.append(arguments)
         return whole(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, attnreg.use_backend("cpu"):
-        patch.setattr(traced, "_attend", note)
+        patch.setattr(operators, "_attend", note)
         torch._dynamo.reset()
         leaves = [x.requires_grad_() for x in inputs(spec)]
         torch.compile(lambda q, k, v: attnreg.attention(spec, q, k, v), fullgraph=True, backend="eager")(*leaves)
     arguments = (*leaves, *seen[-1][3:])
-    torch.library.opcheck(torch.ops.attnreg_cpu.forward.default, arguments)
+    torch.library.opcheck(torch.ops.attnreg.attention.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["window", "bias_sinks_lse", "bigbird"])
