@@ -98,7 +98,7 @@ def refusals(backend: object, problem: Problem) -> list[str]:
         names = ", ".join(sorted(problem.tangents))
         out.append(f"forward-mode derivative of {names}: it has none; use_backend('eager') computes one")
     if problem.order > 1 and "higher" not in has:
-        out.append(f"derivative of order {problem.order}: it has the first only; use_backend('eager') computes it")
+        out.append(f"no second derivative, and order {problem.order} is asked for; use_backend('eager') computes it")
     return out
 
 

@@ -24,7 +24,7 @@ from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect
 from attnreg.hot import Forced, Run, Settled, exact_key, forced, growing_key, table
 from attnreg.modes import checking
-from attnreg.operands import is_plain, looks_of, settle_all, settled
+from attnreg.operands import check_device, is_plain, looks_of, settle_all, settled
 from attnreg.operators import recorded
 from attnreg.problem import Problem
 from attnreg.sharded import attend_sharded, is_sharded
@@ -138,6 +138,7 @@ class _Call:
     def of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> _Call:
         """Raises what attention() raises where the call does not fit the spec."""
         sizes = check(spec, q, k, v, tensors)
+        check_device("q", q)
         traced = is_traced(q, k, v, *tensors.values())
         watched = sizes if _watch(q, tensors, traced) else None
         if watched is not None:

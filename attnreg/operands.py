@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnreg.errors import DeviceError, DtypeError
 
-__all__ = ["LAZY", "PLAIN", "dispatch_keys", "is_plain", "looks_of", "settle_all", "settled"]
+__all__ = ["LAZY", "PLAIN", "check_device", "dispatch_keys", "is_plain", "looks_of", "settle_all", "settled"]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types that hold data of their own; whatever traces or wraps brings a subclass."""
@@ -60,20 +60,30 @@ def settled(name: str, x: Tensor) -> Tensor:
     """`x` with lazy bits resolved, and as a Tensor where its subclass changes nothing below `__torch_function__`.
 
     What has to go through torch's operators, since it holds no memory itself, comes back as it is. Raises DtypeError
-    or DeviceError that names the argument for what holds no dense data: nested, masked, sparse, quantised and meta
-    tensors, and wrappers of a torch.func transform that has ended.
+    that names the argument for what holds no dense data: nested, masked, sparse and quantised tensors, and wrappers of
+    a torch.func transform that has ended.
     """
     if is_plain(x):
         return x
     why = _refusal(x)
     if why:
-        raise (DeviceError if x.device.type == "meta" else DtypeError)(name, why)
+        raise DtypeError(name, why)
     names = _names(dispatch_keys(x))
     if type(x) not in PLAIN and "Python" not in names:
         x = x.as_subclass(Tensor)
     if "Negative" in names or "Conjugate" in names:
         x = torch.resolve_neg(torch.resolve_conj(x))
     return x.clone() if "ZeroTensor" in names else x
+
+
+def check_device(name: str, x: Tensor) -> None:
+    """Raise DeviceError for a tensor on the meta device, which no kernel can compute with."""
+    if x.device.type == "meta" and type(x) in PLAIN:
+        raise DeviceError(
+            name,
+            "expected a tensor that holds data, got one on the meta device; for shapes alone make the call in torch's "
+            "FakeTensorMode",
+        )
 
 
 def looks_of(*tensors: Tensor) -> Callable[..., bool]:
@@ -122,11 +132,6 @@ def _refusal(x: Tensor) -> str:
         return f"expected a strided tensor, got layout {x.layout}; to_dense() makes one"
     if x.is_quantized:
         return f"expected a float tensor, got a quantised one ({x.dtype}); dequantize() makes one"
-    if x.device.type == "meta" and type(x) in PLAIN:
-        return (
-            "expected a tensor that holds data, got one on the meta device; for shapes alone make the call in torch's "
-            "FakeTensorMode"
-        )
     dead: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_dead_tensor_wrapper", lambda x: False)
     if dead(x):
         return "expected a tensor that is alive, got one of a torch.func transform that has ended"

@@ -192,8 +192,17 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     q, k, v = values[:3]
     kernels = _kernels(values, _spec(text), (grads, backend, config))
     wanted = frozenset(filter(None, grads.split(",")))
-    found = kernels.gradients((q, k, v), _named(values), (out, lse, low), (dout, dlse), wanted)
+    with _autograd():
+        found = kernels.gradients((q, k, v), _named(values), (out, lse, low), (dout, dlse), wanted)
     return tuple(found[n].contiguous() if n in wanted else out.new_empty(0) for n in NAMES)
+
+
+_OUTSIDE = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+
+
+def _autograd() -> Any:
+    """Autograd as it is outside of an operator, inside of which torch turns it off."""
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
 
 
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
