@@ -24,7 +24,7 @@ from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect
 from attnreg.hot import Forced, Run, Settled, exact_key, forced, growing_key, table
 from attnreg.modes import checking
-from attnreg.operands import check_device, is_plain, looks_of, settle_all, settled
+from attnreg.operands import Kind, check_device, is_plain, kind_of, settle_all, settled
 from attnreg.operators import recorded
 from attnreg.problem import Problem
 from attnreg.sharded import attend_sharded, is_sharded
@@ -78,15 +78,18 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     except (AttributeError, TypeError, RuntimeError):
         return _slow(spec, q, k, v, tensors)  # not tensors, or without strides: it says which
     if hit is not None:
-        run, sizes = hit
-        if sizes is not None:
-            check_values(spec, sizes, tensors)
-        return run(q, k, v, **tensors)
-    if not tensors and isinstance(spec, AttentionSpec):
+        run, sizes, of_q, of_k, of_v = hit
+        if of_q(q) and of_k(k) and of_v(v):
+            if sizes is not None:
+                check_values(spec, sizes, tensors)
+            return run(q, k, v, **tensors)
+    elif not tensors and isinstance(spec, AttentionSpec):
         longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
-            table().remember(key, longer, None)
-            return longer(q, k, v)
+            run, _, of_q, of_k, of_v = longer
+            if of_q(q) and of_k(k) and of_v(v):
+                table().remember(key, longer)
+                return run(q, k, v)
     return _slow(spec, q, k, v, tensors)
 
 
@@ -121,9 +124,10 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     else:
         settled, out = _first_call(call.problem, jit, lambda run: run(q, k, v, **tensors))
     if remember and settled.again is None and _stable(spec, tensors):
-        table().remember(exact_key(spec, q, k, v, tensors), settled.run, call.watched)
+        entry = (settled.run, call.watched, kind_of(q), kind_of(k), kind_of(v))
+        table().remember(exact_key(spec, q, k, v, tensors), entry)
         if not tensors and (key := growing_key(spec, q, k, v)) is not None:
-            table().growing[key] = settled.run
+            table().growing[key] = entry
     return out
 
 
@@ -348,14 +352,21 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
         return lambda q, k, v, **named: inner(*(_cast(x, kind) for x in (q, k, v)), **_cast_named(named, kind))
     problem, _ = decision(spec, q, k, v, **tensors)
     known = _known(problem, False) or _first_call(problem, False, lambda run: None)[0]
-    return _guarded(spec, known.run, forced.get(), looks_of(q, k, v))
+    return _guarded(spec, known.run, forced.get(), (kind_of(q), kind_of(k), kind_of(v)))
 
 
-def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, alike: Callable[..., bool]) -> Run:
+def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, kinds: tuple[Kind, Kind, Kind]) -> Run:
     """`run` for calls like the one that it was prepared for, and attention() for those that are not."""
+    of_q, of_k, of_v = kinds
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        if ordinary() and alike(q, k, v) and (not tensors or all(map(_is_plain_or_no_tensor, tensors.values()))):
+        if (
+            ordinary()
+            and of_q(q)
+            and of_k(k)
+            and of_v(v)
+            and (not tensors or all(map(_is_plain_or_no_tensor, tensors.values())))
+        ):
             return run(q, k, v, **tensors)
         token = forced.set(force)
         try:

@@ -94,7 +94,7 @@ def _kernels(values: tuple[Any, ...], spec: AttentionSpec, texts: tuple[str, str
     """What computes the call: by the recorded backend where it can, else by the one that is chosen now."""
     q, k, v, named = *values[:3], _named(values)
     table = hot.table()
-    key = (hot.exact_key(spec, q, k, v, named), texts)
+    key = (hot.exact_key(spec, q, k, v, named), v.dtype, k.device, v.device, texts)
     found: Kernels | None = table.recorded.get(key)
     if found is None:
         grads, backend, config = texts
