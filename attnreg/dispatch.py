@@ -109,7 +109,7 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     everything = (q, k, v, *tensors.values())
     if has_torch_function(everything):  # a subclass, a proxy or a mode has a say of its own
         return handle_torch_function(attention, everything, spec, q, k, v, **tensors)
-    remember = ordinary() and all(is_plain(x) for x in everything if isinstance(x, Tensor))
+    remember = ordinary() and _all_plain({"q": q, "k": k, "v": v, **tensors})
     q, k, v, tensors = _settled(q, k, v, tensors)
     if is_sharded(q, k, v, tensors):
         return attend_sharded(attention, spec, q, k, v, tensors)
@@ -360,13 +360,7 @@ def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, kinds: tuple[K
     of_q, of_k, of_v = kinds
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        if (
-            ordinary()
-            and of_q(q)
-            and of_k(k)
-            and of_v(v)
-            and (not tensors or all(map(_is_plain_or_no_tensor, tensors.values())))
-        ):
+        if ordinary() and of_q(q) and of_k(k) and of_v(v) and (not tensors or _all_plain(tensors)):
             return run(q, k, v, **tensors)
         token = forced.set(force)
         try:
@@ -377,8 +371,8 @@ def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, kinds: tuple[K
     return call
 
 
-def _is_plain_or_no_tensor(x: object) -> bool:
-    return not isinstance(x, Tensor) or is_plain(x)
+def _all_plain(tensors: Mapping[str, Any]) -> bool:
+    return all(is_plain(x) for x in tensors.values() if isinstance(x, Tensor))
 
 
 @contextlib.contextmanager

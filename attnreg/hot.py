@@ -60,7 +60,7 @@ class Settled:
 
 
 Entry = tuple[Run, Sizes | None, Kind, Kind, Kind]
-"""What a signature was given: a callable, the sizes that its values are checked against, and the kinds of q, k and v."""
+"""What a signature was given: a callable, the sizes that values are checked against, and the kinds of q, k and v."""
 
 
 class Turn:

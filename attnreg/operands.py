@@ -1,7 +1,7 @@
 """What a call's tensors are: memory that kernels may read, or something that takes another way, or none at all.
 
-One allow-list of types and dispatch keys decides. The hot table asks both at every hit, so a tensor that only looks like
-an earlier one is never taken for it.
+One allow-list of types and dispatch keys decides. The hot table asks for both at every hit, so a tensor that only looks
+like an earlier one is never taken for it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _guard(x: Tensor) -> Kind | None:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        check: Kind = TensorGuards(x, dynamic_dims_sizes=free, dynamic_dims_strides=free).check
+        guards: Any = TensorGuards
+        check: Kind = guards(x, dynamic_dims_sizes=free, dynamic_dims_strides=free).check
         return check if check(x) else None
     except (ImportError, TypeError, RuntimeError):
         return None
