@@ -360,7 +360,10 @@ def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, kinds: tuple[K
     of_q, of_k, of_v = kinds
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        if ordinary() and of_q(q) and of_k(k) and of_v(v) and (not tensors or _all_plain(tensors)):
+        # torch's guards end the process where they are asked for a nested tensor.
+        dense = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+        dense = dense and not (q.is_nested or k.is_nested or v.is_nested)
+        if dense and ordinary() and of_q(q) and of_k(k) and of_v(v) and (not tensors or _all_plain(tensors)):
             return run(q, k, v, **tensors)
         token = forced.set(force)
         try:

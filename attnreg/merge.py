@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnreg.errors import DeviceError, DtypeError, InputError, ShapeError
+from attnreg.operands import settled
 
 __all__ = ["merge_states"]
 
@@ -66,12 +67,14 @@ def _checked(states: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
     if isinstance(states, Tensor) or not isinstance(states, Sequence) or not states:
         raise InputError("states", f"expected one or more (out, lse) pairs, got {_said(states)}")
     first: Tensor | None = None
+    checked: list[tuple[Tensor, Tensor]] = []
     order = LSE[layout]
     for n, state in enumerate(states):
         name = f"states[{n}]"
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise InputError(name, f"expected a pair (out, lse), got {_said(state)}")
-        out, lse = state
+        out, lse = (settled(name, x) if isinstance(x, Tensor) else x for x in state)
+        checked.append((out, lse))
         for what, x, kinds in (("out", out, FLOATS), ("lse", lse, (torch.float32, torch.float64))):
             if not isinstance(x, Tensor) or x.dtype not in kinds:
                 wanted = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
@@ -89,7 +92,7 @@ def _checked(states: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
         for what, x in (("out", out), ("lse", lse)):
             if x.device != first.device:
                 raise DeviceError(name, f"{what}: expected device {first.device} like states[0], got {x.device}")
-    return [(out, lse) for out, lse in states]
+    return checked
 
 
 def _said(value: object) -> str:
