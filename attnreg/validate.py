@@ -31,6 +31,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = 2**45
+MAX_ELEMENTS = 2**47  # beyond the addresses of a process
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,9 @@ def _sizes(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mappin
     ):  # fmt: skip
         if count >= MAX_ROWS:
             raise ShapeError(name, f"expected fewer than 2**45 {what}, got {count}; no machine holds them")
+    elements = q_heads * rows_q * shape_v[-1]
+    if elements >= MAX_ELEMENTS:
+        raise ShapeError("q", f"expected an output of fewer than 2**47 elements, got {elements}; no machine holds it")
     return Sizes(batch, q_heads, kv_heads, sq, skv, head_dim, head_dim_k, shape_v[-1], total_q, total_k, pages)
 
 
