@@ -11,23 +11,25 @@ is listed: by `pytest -rA`, and by `listed_refusals()` for a terminal summary. p
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar
 
 import pytest
 
-from attnreg import targets
+from attnreg import registry, targets
 from attnreg.backend import Backend, StaticReport, safe_repr
 from attnreg.hardware import Hardware, detect
 from attnreg.problem import Problem
 from attnreg.space import Config
 from attnreg.testing.gate import bucket_mates, check_inputs
 from attnreg.testing.inputs import Inputs, make_inputs, real_problem
+from attnreg.testing.kinds import traced_fault, traced_problem, upstream_fault
 from attnreg.testing.problems import Case, cases
 
 __all__ = ["BackendConformance", "listed_refusals"]
@@ -120,6 +122,27 @@ class BackendConformance:
                 served += 1
                 self._check(run, mate, "prepared for another size of the same bucket")
         assert served or bucket.sq <= 2, "no other size of the bucket could be made"
+
+    def test_kinds_of_tensors(self, case: Case) -> None:
+        """Tensors without memory of their own run through operators; lazy upstream gradients mean what they show."""
+        inputs = case.inputs(self.device)
+        if self._refused(case.name, inputs.problem):
+            return
+        fault = upstream_fault(self._prepare(inputs.problem), inputs)
+        assert not fault, fault
+        traced = traced_problem(inputs.problem)
+        if not self.backend.supports(traced.bucket(), self.hardware):
+            with self._registered():
+                fault = traced_fault(self._prepare(replace(traced, traced=False)), self._prepare(traced), inputs)
+            assert not fault, fault
+
+    @contextlib.contextmanager
+    def _registered(self) -> Iterator[None]:
+        """The backend under its name in the registry, where an operator of attnreg's looks for it."""
+        now = registry.current()
+        entry = registry.Entry(self.backend, "kit", "attnreg.testing")
+        with registry.using(replace(now, entries={**now.entries, self.backend.name: entry})):
+            yield
 
     def test_version_and_estimate(self, case: Case) -> None:
         """`version_for` and `estimate`, where the backend has them, keep to what they promise."""

@@ -282,3 +282,41 @@ def remembers_keys(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[st
     """Keeps a copy of k by its address: other keys at the same place are not seen."""
     old = _seen.setdefault((k.data_ptr(), k.shape, k.dtype), k.detach().clone())
     return right(q, k + (old - k).detach(), v, **tensors)
+
+
+class Kinds(Planted):
+    """A backend that is right with plain tensors, and does `fault` with others. Its gradients are torch's own."""
+
+    def __init__(self, fault: Callable[[Callable[..., Result], bool, Tensor, Tensor, Tensor], Result]) -> None:
+        super().__init__(none)
+        self.name = f"planted_{fault.__name__}"
+        self.kind = fault
+
+    def prepare(self, problem: Problem, config: Any) -> Callable[..., Result]:
+        right = prepare_right(problem)
+        return lambda q, k, v, **tensors: self.kind(lambda *x: right(*x, **tensors), problem.traced, q, k, v)
+
+
+def reads_past_operators(right: Any, traced: bool, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Makes plain results of whatever it is given."""
+    return torch.zeros(q.shape, dtype=q.dtype) if traced else right(q, k, v)
+
+
+def forgets_fakes(right: Any, traced: bool, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Right of wrappers, but of FakeTensors with another shape."""
+    return q[:, :1].clone() if traced and type(q).__name__ == "FakeTensor" else right(q, k, v)
+
+
+def reads_bits(right: Any, traced: bool, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Its backward pass reads the upstream gradient as it lies in memory."""
+    return _Raw.apply(right(q, k, v))  # type: ignore[no-untyped-call]  # torch's own
+
+
+class _Raw(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch._neg_view(grad).clone() if grad.is_neg() else grad

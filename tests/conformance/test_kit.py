@@ -24,6 +24,7 @@ GRADS = frozenset({"q", "k", "v"})
 HALF = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
 CAUSAL = AttentionSpec(mask=masks.Causal(), return_lse=True)
 PLAIN = Problem(CAUSAL, 2, 4, 2, 129, 129, 32, 32, 32, grads=GRADS, square=True)
+NO_LSE = replace(PLAIN, spec=AttentionSpec(mask=masks.Causal()))
 PADDED = replace(PLAIN, spec=AttentionSpec(mask=masks.Padding() & masks.Causal(), return_lse=True))
 
 FAULTS = [
@@ -333,3 +334,26 @@ def test_dropout_is_read_off_the_candidate() -> None:
     assert "under another generator seed" in check_inputs(ignores, inputs).reason
     assert "expected 0.7500" in check_inputs(never_drops, inputs).reason
     assert "does not repeat" in check_inputs(unseeded, inputs).reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (planted.reads_past_operators, "it read past their operators"),
+        (planted.forgets_fakes, "of FakeTensors it gave"),
+        (planted.reads_bits, "negative bit"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_kinds_of_tensors_taken_wrongly_fail(fault: Any, said: str) -> None:
+    suite = type("Suite", (BackendConformance,), {"backend": planted.Kinds(fault)})()
+    case = Case("plain", NO_LSE, "normal", frozenset({"core"}))
+    with pytest.raises(AssertionError, match=said):
+        suite.test_kinds_of_tensors(case)
+
+
+def test_kinds_of_tensors_taken_rightly_pass() -> None:
+    suite = type(
+        "Suite", (BackendConformance,), {"backend": planted.Kinds(lambda right, traced, q, k, v: right(q, k, v))}
+    )()
+    suite.test_kinds_of_tensors(Case("plain", NO_LSE, "normal", frozenset({"core"})))
