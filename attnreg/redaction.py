@@ -10,7 +10,7 @@ import re
 import threading
 from urllib.parse import unquote
 
-__all__ = ["HIDDEN", "hide", "redact", "reveal"]
+__all__ = ["HIDDEN", "hide", "hide_argument", "redact", "reveal"]
 
 HIDDEN = "***"
 
@@ -35,6 +35,8 @@ _PLAIN = frozenset(
      "target_session_attrs", "timeout", "user")
 )  # fmt: skip
 
+# What looks like a URL, or begins like a login or a connection string; a path that only has a colon and an @ does not.
+_LOOKS = re.compile(rf"(?is)\W*{_SCHEME}\s*(?::|//)|.*://|//|[^/]*:[^/]*@|(?:.*\s|)\w+\s*=")
 _SECRET = re.compile(r"(?i)pass|pwd|secret|token|key|cred|auth|sig")
 # White space, and letters that nobody writes to stand for it.
 _SOLID = {ord(space): 0xF000 + ord(space) for space in " \t\n\r\v\f"}
@@ -73,6 +75,14 @@ def hide(text: str) -> str:
                 secret = secret.translate(_SPACES)
                 _secrets.setdefault(secret, _literal(secret))
     return shown
+
+
+def hide_argument(text: str) -> str:
+    """An argument of a command line, `--name=value` too, with the passwords of what looks like a URL hidden."""
+    name, equals, value = text.partition("=")
+    if equals and name.startswith("--"):
+        return f"{name}={hide_argument(value)}"
+    return hide(text) if _LOOKS.match(text) else text
 
 
 def reveal(text: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from attnreg.errors import AttnregError
-from attnreg.redaction import hide, redact
+from attnreg.redaction import hide_argument, redact
 
 __all__ = ["app", "console", "main"]
 
@@ -22,12 +22,8 @@ class _Commands(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
         """Hide the passwords of URLs; the storage asks for them back."""
-        return super().main([_hidden(arg) for arg in (sys.argv[1:] if args is None else args)], *rest, **named)
-
-
-def _hidden(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return f"{name}={hide(value)}" if equals and name.startswith("--") else hide(argument)
+        given = sys.argv[1:] if args is None else args
+        return super().main([hide_argument(argument) for argument in given], *rest, **named)
 
 
 app = typer.Typer(

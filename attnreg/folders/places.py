@@ -107,7 +107,7 @@ def named(kind: Kind) -> Path:
     if home is None:
         raise FileNotFoundError(errno.ENOENT, system.no_home())
     if not home.is_dir():  # /nonexistent is the home of system users; root could make it
-        raise FileNotFoundError(errno.ENOENT, f"the home folder {home} does not exist")
+        raise FileNotFoundError(errno.ENOENT, f"{home} does not exist")
     return home / AT_HOME[kind] / "attnreg"
 
 
@@ -242,6 +242,8 @@ def _why_not(kind: Kind, path: Path) -> str:
     if lasting:
         return why
     if _is_private(path):
+        if not os.path.isdir(path.parent.parent):
+            return f"there is no folder {path.parent.parent}"
         fault = _private_fault(path.parent)
         if fault:
             return fault

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnreg.errors import InputError
 from attnreg.folders import expand
-from attnreg.redaction import hide, reveal
+from attnreg.redaction import hide, redact, reveal
 
 __all__ = ["is_database", "location", "shown"]
 
@@ -65,8 +65,8 @@ def _fault(text: str, is_path: bool) -> str:
         return "a URL begins with its scheme"
     if os.name == "nt" and re.match(r"[A-Za-z]:[\\/]", text):
         return ""
-    if _LOGIN.search(text):
-        return "it looks like a database URL and is none: scheme://user:password@host/name"
+    if _LOGIN.search(text) or redact(text) != text:
+        return "it looks like a database URL and is none: a scheme, a colon and two slashes come first"
     scheme = _SCHEME.match(text.lstrip())
     if scheme and not (is_path and "/" not in text):
         file = "give the absolute path of a file of that name"
@@ -88,8 +88,8 @@ def _of_url(scheme: str, rest: str) -> str:
     if scheme == "sqlite":
         return "sqlite has no host: sqlite:///relative.db or sqlite:////absolute.db" if authority else ""
     login, _, host = authority.rpartition("@")
-    if "@" in login or "@" in path or ":" in path or "#" in rest:
-        return "in a password, @ is written %40, : %3A, / %2F, # %23 and ? %3F"
+    if "@" in login or re.search("[@:;]", path) or "#" in rest:
+        return "user, password and host stand behind two slashes; a password writes @ %40, : %3A, / %2F, # %23, ? %3F"
     port = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?", host)
     if port is None:
         return "a host is a name and perhaps a colon and the number of a port"

@@ -23,10 +23,10 @@ class Options:
     trials: most candidates to look at, None for as many as pay. seconds: for the whole problem, None for no limit.
     storage: a journal file or a database URL, whose password is never shown; None for a journal of the problem's own
     in the data folder. backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a
-    worker process. keep: write the record to the user's database. time_limit: seconds that one step of a candidate may take.
-    memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at most so
-    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay, None for
-    a share of the space.
+    worker process. keep: write the record to the user's database. time_limit: seconds that one step of a candidate
+    may take. memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at
+    most so many points are looked at whole. patience: sampled candidates without gain after which more cannot pay,
+    None for a share of the space.
 
     Raises InputError naming the option that cannot be meant.
     """

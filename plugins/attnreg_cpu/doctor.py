@@ -39,13 +39,12 @@ def _cache() -> Finding:
     compiles = not build.lacking()
     found = library_files.libraries()
     damaged = [path.name for path in found if not library_files.is_whole(path)]
-    detail = f"{library_files.where()} holds {len(found) - len(damaged)} compiled kernels"
-    if compiles and passed:
-        detail = f"kernels are compiled into {said.path}, since others cannot be used ({passed}); {detail}"
-    elif passed:
-        detail += f", and folders cannot be used ({passed})"
+    here = library_files.in_folder(said.path) if said.path is not None else "no folder"
+    detail = f"{here if compiles else library_files.where()} holds {len(found) - len(damaged)} compiled kernels"
+    if passed:
+        detail += f" (others cannot be used: {passed})"
     if damaged:
-        detail += f" and {len(damaged)} damaged or unreadable: {', '.join(damaged)}"
+        detail += f", and {len(damaged)} damaged or unreadable: {', '.join(damaged)}"
         again = "calls compile anew what they need" if compiles else "and run `attnreg build` where there is a compiler"
         return Finding("cpu: kernel cache", False, detail, f"delete these files: {again}")
     todo = f"set {said.variable} to a folder that can be written and whose file system lets files be executed"
