@@ -1,13 +1,12 @@
 """Folders and locks of all that attnreg writes: where it goes, what is taken instead, and who says so.
 
-`places` decides folders and `locks` holds files; nothing else of attnreg or its plugins looks at HOME, XDG_* or the
-ATTNREG_*_DIR variables, makes folders of its own, or locks files.
+`choice` decides folders, by what `system` says of them, and `locks` holds files. Nothing else of attnreg or its plugins
+looks at HOME, XDG_* or the ATTNREG_*_DIR variables, or locks files.
 """
 
 from __future__ import annotations
 
-from attnreg.folders.locks import Lock, LockTimeoutError, lacks_flock, locked
-from attnreg.folders.places import (
+from attnreg.folders.choice import (
     KINDS,
     Fault,
     Kind,
@@ -26,6 +25,7 @@ from attnreg.folders.places import (
     temporary,
     to_read,
 )
+from attnreg.folders.locks import Lock, LockTimeoutError, lacks_flock, locked
 
 __all__ = [
     "KINDS",

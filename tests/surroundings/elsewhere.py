@@ -1,9 +1,9 @@
-"""Start a program where attnreg has to do without something: as a user whom nobody knows, beside small or noexec mounts.
+"""Put a process where attnreg has to do without something: as a user whom nobody knows, beside small or noexec mounts.
+
+All of it is the kernel's own: a mount namespace, which is gone with the process, and a user namespace, in which this
+user has another number and no rights over what belongs to others or is closed to its owner.
 
     python elsewhere.py [--unknown-user] [--mount FOLDER OPTIONS]... -- PROGRAM ARGUMENTS...
-
-All of it is the kernel's own: a mount namespace, which is gone with the program, and a user namespace, in which this
-user has another number and no rights over what belongs to others or is closed to its owner.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 UNKNOWN = 54321
 NEW_MOUNTS, NEW_USERS = 0x00020000, 0x10000000
 PRIVATE = 1 << 18 | 1 << 14
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def unshare(flags: int) -> None:
-    if LIBC.unshare(flags):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(flags):
         raise OSError(ctypes.get_errno(), "unshare")
 
 
 def map_user(inside: int, outside: int) -> None:
-    """No group is mapped, so that the rights of a root of the namespace end at every file."""
+    """No group is mapped, so that the rights of the namespace's owner end at every file."""
     with open("/proc/self/uid_map", "w") as file:
         file.write(f"{inside} {outside} 1")
 
 
-def main(arguments: list[str]) -> None:
-    unknown, mounts, outside = False, [], os.geteuid()
-    while arguments[0] != "--":
-        option = arguments.pop(0)
+def enter(conditions: Sequence[str]) -> None:
+    """Go there; the process must have one thread."""
+    words, unknown, mounts, outside = list(conditions), False, [], os.geteuid()
+    while words:
+        option = words.pop(0)
         if option == "--unknown-user":
             unknown = True
         else:
-            mounts.append((arguments.pop(0), arguments.pop(0)))
+            mounts.append((words.pop(0), words.pop(0)))
     if mounts:
         try:
             unshare(NEW_MOUNTS)
@@ -45,15 +47,15 @@ def main(arguments: list[str]) -> None:
             unshare(NEW_MOUNTS | NEW_USERS)
             map_user(0, outside)
             outside = 0
-        LIBC.mount(b"none", b"/", None, PRIVATE, None)
+        ctypes.CDLL(None).mount(b"none", b"/", None, PRIVATE, None)
     for folder, options in mounts:
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
     if unknown:
         unshare(NEW_USERS)
         map_user(UNKNOWN, outside)
-    program = arguments[1:]
-    os.execvp(program[0], program)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    split = sys.argv.index("--")
+    enter(sys.argv[1:split])
+    os.execvp(sys.argv[split + 1], sys.argv[split + 1 :])

@@ -1,4 +1,4 @@
-"""Law: a compiler that answers --version and builds nothing is started once a process, and named; calls go on without it."""
+"""Law: a compiler that answers --version and builds nothing is started once a process, and named; calls go on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conditions import started
 
 from attnreg import errors
 from attnreg_cpu import build, toolchain
@@ -106,11 +106,9 @@ for size, d in ((1, 16), (70, 16), (70, 24), (300, 24)):
 """
 
 
-def test_calls_go_on_with_the_next_backend_and_one_warning(
-    run: Run, compiler: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_calls_go_on_with_the_next_backend_and_one_warning(compiler: Callable[[str], Path], tmp_path: Path) -> None:
     log = compiler(BROKEN["no headers"][0])
-    ran = run(CALLS, CXX=str(tmp_path / "compiler"), ATTNREG_CACHE_DIR=str(tmp_path / "cache"), HOME=str(tmp_path))
+    ran = started(CALLS, CXX=str(tmp_path / "compiler"), ATTNREG_CACHE_DIR=str(tmp_path / "cache"), HOME=str(tmp_path))
     assert ran.said["right"] == [True] * 4
     assert "cpu" not in ran.said["chosen"]
     assert len(ran.warned) == 1, ran.warned

@@ -1,4 +1,4 @@
-"""Law: whatever folder, lock or disk is missing, kernels are built and loaded, or a call goes on without, and it is said once."""
+"""Law: whatever folder, lock or disk is missing, kernels are built, or a call goes on without; it is said once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import UNKNOWN_USER, Ran, Run
+from conditions import UNKNOWN_USER, Ran, forked, started
 
 from attnreg_cpu import build, library_files
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
-BUILD = """
-from attnreg_cpu import build
-import attnreg
-library = build.library("selftest.cpp", {})
-said["lanes"] = library.attnreg_lanes()
-said["path"] = library._name
-build.library("selftest.cpp", {"A": 1}) if TWICE else None
-"""
-ONCE, TWICE = BUILD.replace("TWICE", "False"), BUILD.replace("TWICE", "True")
+
+def once() -> dict[str, Any]:
+    library = build.library("selftest.cpp", {})
+    return {"lanes": library.attnreg_lanes(), "path": library._name}
+
+
+def twice() -> dict[str, Any]:
+    build.library("selftest.cpp", {"A": 1})
+    return once()
+
+
 REAL_USER = os.geteuid()
 
 
@@ -61,23 +64,23 @@ def only_warning(ran: Ran, *words: object) -> None:
     ],
     ids=str,
 )
-def test_without_a_home_a_private_folder_serves(run: Run, tmp_path: Path, environ: dict[str, str], why: str) -> None:
-    ran = run(TWICE, UNKNOWN_USER, TMPDIR=str(tmp_path), **environ)
+def test_without_a_home_a_private_folder_serves(tmp_path: Path, environ: dict[str, str], why: str) -> None:
+    ran = forked(twice, UNKNOWN_USER, TMPDIR=str(tmp_path), **environ)
     folder = private(tmp_path, 54321)
     assert Path(ran.said["path"]).parent == folder
     assert (tmp_path / "attnreg-54321").stat().st_mode & 0o777 == 0o700
     only_warning(ran, why, folder.parent, "ATTNREG_CACHE_DIR")
 
 
-def test_a_read_only_cache_that_holds_the_library_serves_it(run: Run, tmp_path: Path, made: Path) -> None:
+def test_a_read_only_cache_that_holds_the_library_serves_it(tmp_path: Path, made: Path) -> None:
     cache = holding(tmp_path / "shared", made, 0o555)
-    ran = run(ONCE, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
+    ran = forked(once, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
     assert ran == Ran({"lanes": ran.said["lanes"], "path": str(cache / "cpu" / made.name)}, [])
     assert [path.name for path in (cache / "cpu").iterdir()] == [made.name]
 
 
 @pytest.mark.parametrize("what", ["read-only", "a file", "below a file", "a closed folder"])
-def test_a_cache_that_cannot_be_written_is_named_once(run: Run, tmp_path: Path, what: str) -> None:
+def test_a_cache_that_cannot_be_written_is_named_once(tmp_path: Path, what: str) -> None:
     cache = tmp_path / "cache"
     if what == "read-only":
         cache.mkdir(mode=0o555)
@@ -86,13 +89,13 @@ def test_a_cache_that_cannot_be_written_is_named_once(run: Run, tmp_path: Path, 
     else:
         cache.touch()
         cache = cache / "below" if what == "below a file" else cache
-    ran = run(TWICE, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
+    ran = forked(twice, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
     assert Path(ran.said["path"]).parent == private(tmp_path, 54321)
     only_warning(ran, cache, "cannot be" if what in ("read-only", "a closed folder") else "no folder")
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o600])
-def test_a_lock_file_of_another_user_stops_nobody(run: Run, tmp_path: Path, made: Path, mode: int) -> None:
+def test_a_lock_file_of_another_user_stops_nobody(tmp_path: Path, made: Path, mode: int) -> None:
     if REAL_USER != 0:
         pytest.skip("only root can leave a file of another user's")
     cache = tmp_path / "shared"
@@ -101,26 +104,30 @@ def test_a_lock_file_of_another_user_stops_nobody(run: Run, tmp_path: Path, made
     lock.touch()
     os.chown(lock, 1, 1)
     lock.chmod(mode)
-    ran = run(ONCE, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
+    ran = forked(once, UNKNOWN_USER, ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
     assert (Path(ran.said["path"]), ran.warned) == (cache / "cpu" / made.name, [])
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_a_cache_that_cannot_execute_gives_way(run: Run, tmp_path: Path, made: Path, filled: bool) -> None:
+def test_a_cache_that_cannot_execute_gives_way(tmp_path: Path, made: Path, filled: bool) -> None:
     cache, kept = tmp_path / "noexec", holding(tmp_path / "kept", made)
     cache.mkdir()
-    # With a compiler of another name, nothing but a copy of what lies there can serve.
-    copy = f"import shutil, os; shutil.copytree({str(kept / 'cpu')!r}, {str(cache / 'cpu')!r}); " if filled else ""
-    copy += "os.environ['CXX'] = 'none-such'\n" if filled else ""
-    ran = run(copy + (ONCE if filled else TWICE), ("--mount", str(cache), "noexec"), ATTNREG_CACHE_DIR=str(cache),
-              TMPDIR=str(tmp_path))  # fmt: skip
+
+    def work() -> dict[str, Any]:
+        if not filled:
+            return twice()
+        shutil.copytree(kept / "cpu", cache / "cpu")
+        os.environ["CXX"] = "none-such"  # so nothing but a copy of what lies there can serve
+        return once()
+
+    ran = forked(work, ("--mount", str(cache), "noexec"), ATTNREG_CACHE_DIR=str(cache), TMPDIR=str(tmp_path))
     assert Path(ran.said["path"]) == private(tmp_path, REAL_USER) / made.name
     only_warning(ran, cache, "noexec")
 
 
-def test_a_full_disk_gives_way_to_one_with_room(run: Run, tmp_path: Path) -> None:
+def test_a_full_disk_gives_way_to_one_with_room(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    ran = run(TWICE, ("--mount", str(tmp_path / "full"), "size=32k"), ATTNREG_CACHE_DIR=str(tmp_path / "full"),
+    ran = forked(twice, ("--mount", str(tmp_path / "full"), "size=32k"), ATTNREG_CACHE_DIR=str(tmp_path / "full"),
               TMPDIR=str(tmp_path))  # fmt: skip
     assert Path(ran.said["path"]).parent == private(tmp_path, REAL_USER)
     only_warning(ran, tmp_path / "full", "its disk is full")
@@ -143,9 +150,9 @@ said["lasting"] = build.lacking()
 """
 
 
-def test_where_every_disk_is_full_calls_go_on(run: Run) -> None:
+def test_where_every_disk_is_full_calls_go_on() -> None:
     mounts = [word for folder in ("/tmp", "/var/tmp", "/dev/shm") for word in ("--mount", folder, "size=32k")]
-    ran = run(FULL, mounts, HOME="/tmp/home")
+    ran = started(FULL, mounts, HOME="/tmp/home")
     assert ran.said["cause"] == ["OSError", 28]
     assert "No space left on device" in ran.said["error"]
     assert "/tmp/home/.cache/attnreg" in ran.said["error"]
@@ -154,44 +161,47 @@ def test_where_every_disk_is_full_calls_go_on(run: Run) -> None:
 
 NO_FLOCK = """
 #include <errno.h>
-int flock(int handle, int operation) { errno = WHICH; return -1; }
+#include <stdlib.h>
+int flock(int handle, int operation) { errno = atoi(getenv("NO_FLOCK")); return -1; }
 """
-
-
-@pytest.fixture(params=["ENOLCK", "ENOTSUP", "ENOSYS"])
-def no_flock(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A library to preload: its flock answers as a file system does that has none."""
-    source, made = tmp_path / "flock.c", tmp_path / "flock.so"
-    source.write_text(NO_FLOCK.replace("WHICH", request.param))
-    compiler = build.find_compiler()
-    assert compiler is not None
-    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
-    return str(made)
-
-
 LOCKS = """
-import attnreg
+import errno, os
 from pathlib import Path
 from attnreg import store
-from attnreg.folders import Lock
-from records_for_tests import problem, record
-from attnreg.tuning.storage import open_storage, open_study
 from attnreg.tuning.search import make_sampler
-for size in (64, 512):
-    store.current().add(record(problem=problem(sq=size, skv=size)))
-said["records"] = sorted(r.problem.sq for _, r in store.current().records("user"))
-open_study(open_storage(store.current().user.parent / "x.journal"), "x", make_sampler(0)).set_user_attr("a", 1)
-said["study"] = open_study(open_storage(store.current().user.parent / "x.journal"), "x", make_sampler(0)).user_attrs
+from attnreg.tuning.storage import open_storage, open_study
+from attnreg_cpu import build
+from records_for_tests import problem, record
+tmp = Path(os.environ["HOME"])
+for name in ("ENOLCK", "ENOTSUP", "ENOSYS"):
+    os.environ["NO_FLOCK"] = str(getattr(errno, name))
+    for variable, folder in (("ATTNREG_CACHE_DIR", "cache"), ("ATTNREG_DATA_DIR", "data")):
+        os.environ[variable] = str(tmp / name / folder)
+    if name == "ENOLCK":
+        said["path"] = build.library("selftest.cpp", {})._name
+    with store.using(store._of_this_user()) as now:
+        for size in (64, 512):
+            now.add(record(problem=problem(sq=size, skv=size)))
+        records = sorted(r.problem.sq for _, r in now.records("user"))
+    journal = tmp / name / "x.journal"
+    open_study(open_storage(journal), "x", make_sampler(0)).set_user_attr("a", 1)
+    said[name] = [records, open_study(open_storage(journal), "x", make_sampler(0)).user_attrs]
 """
 
 
-def test_a_file_system_without_flock(run: Run, tmp_path: Path, no_flock: str) -> None:
-    cache, data = tmp_path / "cache", tmp_path / "data"
-    ran = run(ONCE + LOCKS, LD_PRELOAD=no_flock, ATTNREG_CACHE_DIR=str(cache), ATTNREG_DATA_DIR=str(data))
-    assert Path(ran.said["path"]).parent == cache / "cpu"
-    assert (ran.said["records"], ran.said["study"]) == ([64, 512], {"a": 1})
-    folders = [cache / "cpu", data / "tuning_db", data]
-    assert [[str(folder) in text for folder in folders].count(True) > 0 for text in ran.warned] == [True] * 3
+def test_a_file_system_without_flock(tmp_path: Path) -> None:
+    """The library that is preloaded has a flock that answers as such file systems do."""
+    source, shim = tmp_path / "flock.c", tmp_path / "flock.so"
+    source.write_text(NO_FLOCK)
+    compiler = build.find_compiler()
+    assert compiler is not None
+    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", str(source), "-o", str(shim)], check=True)
+    ran = started(LOCKS, LD_PRELOAD=str(shim), NO_FLOCK="38", HOME=str(tmp_path))
+    assert Path(ran.said.pop("path")).parent == tmp_path / "ENOLCK" / "cache" / "cpu"
+    assert ran.said == {name: [[64, 512], {"a": 1}] for name in ("ENOLCK", "ENOTSUP", "ENOSYS")}
+    locked = [tmp_path / "ENOLCK" / "cache" / "cpu"]
+    locked += [tmp_path / name / where for name in ran.said for where in ("data/tuning_db", ".")]
+    assert [text.split(":")[1].strip() for text in ran.warned] == [str(folder.resolve()) for folder in locked]
     assert all("has no flock" in text for text in ran.warned)
     assert not list(tmp_path.rglob("*.held"))
 
