@@ -25,7 +25,8 @@ def no_kernels(folder: Path) -> str:
 
 def is_full(path: Path) -> bool:
     system = _system_of(nearest(path))
-    return system is not None and system.f_bavail * system.f_frsize < ENOUGH
+    # Some file systems, such as /proc and FUSE's, tell nothing.
+    return system is not None and system.f_blocks > 0 and system.f_bavail * system.f_frsize < ENOUGH
 
 
 def _system_of(folder: Path) -> os.statvfs_result | None:
