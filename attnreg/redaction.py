@@ -17,7 +17,7 @@ HIDDEN = "***"
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*"
 _PATTERNS = (
     # scheme://user:password@, with as many slashes and colons as people type; a password may hold anything but space.
-    re.compile(rf"(\b{_SCHEME}:?/{{1,3}}[^\s:/@]*):([^\s]*)@"),
+    re.compile(rf"((?:\b{_SCHEME}:?/{{1,3}}|(?<![\w/])(?::/{{1,3}}|/{{2,3}}))[^\s:/@]*):([^\s]*)@"),
     # scheme:user:password@
     re.compile(rf"(\b{_SCHEME}:[^\s:/@]+):([^\s]+)@(?=\S)"),
     # user:password@host
@@ -95,8 +95,9 @@ def _query(text: str) -> str:
 
     def one(part: str) -> str:
         key, equals, value = part.partition("=")
-        shown = not value or unquote(key).lower() in _PLAIN
-        return part if shown else f"{key}{equals}{HIDDEN}"
+        if unquote(key).lower() in _PLAIN or part in ("", f"{key}="):
+            return part
+        return f"{key}={HIDDEN}" if equals else HIDDEN
 
     query, quote, rest = re.match(r"([^'\"]*)(['\"]?)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches anything
     return "&".join(one(part) for part in re.split("[&;]", query)) + quote + rest
@@ -108,7 +109,9 @@ def _of(text: str) -> list[str]:
     found += [match[3] for match in _WORDS.finditer(text)]
     for match in _QUERY.finditer(text):
         pairs = (part.partition("=") for part in re.split("[&;]", match[2]))
-        found += [value for key, _, value in pairs if _SECRET.search(unquote(key))]
+        found += [
+            value if equals else key for key, equals, value in pairs if not equals or _SECRET.search(unquote(key))
+        ]
     return list(dict.fromkeys(form for one in found for form in (one, unquote(one)) if form.strip(HIDDEN)))
 
 

@@ -234,7 +234,7 @@ def test_a_hidden_url_still_opens_its_database(server: str, tmp_path: Path) -> N
     assert PASSWORD not in shown
     assert open_storage(shown).get_all_studies() == []
     write_problems(tmp_path / "p.jsonl", [PROBLEM])
-    command = ["tune", str(tmp_path / "p.jsonl"), "--backends", "eager", "--storage", url, "--json", "--seconds", "12"]
+    command = ["tune", str(tmp_path / "p.jsonl"), "--backends", "eager", "--storage", url, "--json", "--budget", "1"]
     done = RUN.invoke(app, command)
     assert done.exit_code == 0, done.output
     assert PASSWORD not in done.output
