@@ -49,7 +49,7 @@ _secrets: dict[str, re.Pattern[str]] = {}
 
 def redact(text: str) -> str:
     """The text with every password in it hidden: of URLs, whole or mistyped, of connection strings, and known ones."""
-    if "@" in text or "=" in text:
+    if not {"@", "=", "?"}.isdisjoint(text):
         for pattern in _PATTERNS:
             text = pattern.sub(lambda found: f"{found[1]}:{HIDDEN}@" if found[2] else found[0], text)
         text = _WORDS.sub(lambda found: f"{found[1]}{found[2]}{HIDDEN}", text)
@@ -94,7 +94,7 @@ def _query(text: str) -> str:
     """A URL's query with what is not known to be harmless hidden."""
 
     def one(part: str) -> str:
-        key, equals, value = part.partition("=")
+        key, equals, _ = part.partition("=")
         if unquote(key).lower() in _PLAIN or part in ("", f"{key}="):
             return part
         return f"{key}={HIDDEN}" if equals else HIDDEN
@@ -108,10 +108,9 @@ def _of(text: str) -> list[str]:
     found = [match[2] for pattern in _PATTERNS for match in pattern.finditer(text)]
     found += [match[3] for match in _WORDS.finditer(text)]
     for match in _QUERY.finditer(text):
-        pairs = (part.partition("=") for part in re.split("[&;]", match[2]))
-        found += [
-            value if equals else key for key, equals, value in pairs if not equals or _SECRET.search(unquote(key))
-        ]
+        for key, equals, value in (part.partition("=") for part in re.split("[&;]", match[2])):
+            if not equals or _SECRET.search(unquote(key)):
+                found.append(value if equals else key)
     return list(dict.fromkeys(form for one in found for form in (one, unquote(one)) if form.strip(HIDDEN)))
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import attnreg
 from attnreg import AttentionSpec, errors, redaction
 from attnreg.cli import app, commands, main
-from attnreg.redaction import hide
+from attnreg.problem import Problem
 from attnreg.suites import attention_problem
 from attnreg.tuning import Options, write_problems
 from attnreg.tuning.location import location
@@ -227,17 +227,18 @@ def test_a_database_that_goes_away_is_an_error_without_a_password(
         tune_problem(PROBLEM, Options(storage=url, backends=("eager",), isolate=False))
 
 
-def test_a_hidden_url_still_opens_its_database(server: str, tmp_path: Path) -> None:
+def test_a_hidden_url_still_opens_its_database(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line hands on what it shows; the storage gets the password."""
-    url = server.replace("postgres@", f"postgres:{PASSWORD}@")
-    shown = hide(url)
-    assert PASSWORD not in shown
-    assert open_storage(shown).get_all_studies() == []
+    url, opened = server.replace("postgres@", f"postgres:{PASSWORD}@"), []
+
+    def tune_all(problems: list[Problem], options: Options, **_: object) -> list[tuple[Problem, errors.TuneError]]:
+        assert PASSWORD not in repr(vars(options))
+        opened.append(open_storage(str(options.storage)))
+        return [(problem, errors.TuneError("not tuned")) for problem in problems]
+
+    monkeypatch.setattr("attnreg.cli.tune.tune_all", tune_all)
     write_problems(tmp_path / "p.jsonl", [PROBLEM])
-    command = ["tune", str(tmp_path / "p.jsonl"), "--backends", "eager", "--storage", url, "--json", "--budget", "1"]
-    done = RUN.invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert PASSWORD not in done.output
-    names = [study.study_name for study in open_storage(url).get_all_studies()]
-    assert len(names) == 1
-    assert PASSWORD not in repr(names)
+    for option in (["--storage", url], [f"--storage={url}"]):
+        done = RUN.invoke(app, ["tune", str(tmp_path / "p.jsonl"), "--backends", "eager", *option])
+        assert done.exit_code == 1, done.output
+    assert [storage.get_all_studies() for storage in opened] == [[], []]

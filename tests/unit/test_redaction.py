@@ -54,7 +54,6 @@ SHOWN = [
 KEPT = [
     "postgresql://u@h:5432/n?host=/run/pg&application_name=a",
     "https://sqlalche.me/e/20/e3q8",
-    "/data/a:b@c/problems.jsonl",
     "Global(tokens=(0, 1)) has 3 tokens: 0, 1 and 2",
     "/data/a.cpp:12:3: error: expected 'x' before '@' token",
     "symbol lookup error: libm.so.6: version `GLIBC_2.38' not found",
