@@ -154,7 +154,7 @@ def library_path(source: str, defines: Mapping[str, int | str], extra_flags: tup
 
     Raises BuildError without a compiler.
     """
-    return library_files.cache_dir() / _plan(source, defines, extra_flags)[0]
+    return _plan(source, defines, extra_flags)[0]
 
 
 def library_key(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> str:
@@ -172,7 +172,8 @@ def build(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str,
     """
     if lacking():
         return _built_elsewhere(source, defines, extra_flags)
-    name, command = _plan(source, defines, extra_flags)
+    planned, command = _plan(source, defines, extra_flags)
+    name = planned.name
     there = library_files.found(name)
     if there is not None:
         return there
@@ -285,14 +286,14 @@ def _trial_command(compiler: str) -> list[str]:
     return [compiler, *compiler_arguments(), *_flags({}, ())]
 
 
-def _plan(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The name of the library, and the command that makes it."""
+def _plan(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """Where the library will lie, unless another folder serves, and the command that makes it."""
     compiler, arguments = find_compiler(), compiler_arguments()
     if compiler is None:
         raise BuildError(f"{no_compiler()}; {INSTALL_HINT}")
     made_by = _digest([compiler_version(compiler, *arguments), *arguments])[:8]
-    name = library_files.name_of(source, library_key(source, defines, extra_flags), made_by)
-    return name, [compiler, *arguments, *_flags(defines, extra_flags), str(SOURCE_DIR / source)]
+    target = library_files.path_of(source, library_key(source, defines, extra_flags), made_by)
+    return target, [compiler, *arguments, *_flags(defines, extra_flags), str(SOURCE_DIR / source)]
 
 
 def _built_elsewhere(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...]) -> Path:

@@ -56,14 +56,12 @@ def where() -> str:
     return " and ".join(str(path) for n, path in enumerate(found) if n == 0 or path.is_dir()) or "no folder"
 
 
-def name_of(source: str, key: str, made_by: str) -> str:
-    """The file of `source` under a key of 24 hex digits, by a compiler of which `made_by` is a digest of 8."""
-    return f"{Path(source).stem}-{key}-{made_by}.so"
-
-
 def path_of(source: str, key: str, made_by: str) -> Path:
-    """Where a library of that name would be written."""
-    return cache_dir() / name_of(source, key, made_by)
+    """The library of `source` under a key of 24 hex digits, by a compiler of which `made_by` is a digest of 8.
+
+    Raises OSError where no folder can keep it.
+    """
+    return cache_dir() / f"{Path(source).stem}-{key}-{made_by}.so"
 
 
 def found(name: str) -> Path | None:
