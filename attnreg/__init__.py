@@ -26,7 +26,7 @@ from attnreg.tracing import transformable
 from attnreg.validate import block_of
 
 if TYPE_CHECKING:
-    from attnreg import blocks, testing
+    from attnreg import blocks, folders, testing
     from attnreg.merge import merge_states
     from attnreg.tuning import record, tune
 
@@ -50,6 +50,7 @@ __all__ = [
     "differentiable",
     "errors",
     "explain",
+    "folders",
     "hookimpl",
     "hookspec",
     "is_plain",
@@ -71,6 +72,7 @@ __all__ = [
 # What few programs need is loaded when it is first asked for: the tuner brings Optuna, the kit its oracle.
 _LAZY = {
     "blocks": ("attnreg.blocks", None),
+    "folders": ("attnreg.folders", None),
     "merge_states": ("attnreg.merge", "merge_states"),
     "record": ("attnreg.tuning", "record"),
     "targets": ("attnreg.targets", None),

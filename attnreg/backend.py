@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from attnreg.hardware import Hardware
 from attnreg.problem import Problem
+from attnreg.redaction import redact
 from attnreg.space import Config, SearchSpace, Value
 
 __all__ = [
@@ -123,18 +124,18 @@ def estimate_seconds(backend: Backend, problem: Problem, hardware: Hardware) -> 
 
 
 def error_text(error: BaseException) -> str:
-    """An error's kind and message on any error of a plugin's: one whose __str__ raises is its kind alone."""
+    """Any error's kind and message, passwords hidden: a plugin's whose __str__ raises is its kind alone."""
     kind = type(error).__name__
     try:
         text = str(error).strip()
     except (Exception, SystemExit):
         return kind
-    return f"{kind}: {text}" if text else kind
+    return f"{kind}: {redact(text)}" if text else kind
 
 
 def safe_repr(value: object) -> str:
     """repr() of anything that a plugin gave: a value whose __repr__ raises is its type's name."""
     try:
-        return repr(value)
+        return redact(repr(value))
     except (Exception, SystemExit):
         return f"<{type(value).__name__}>"

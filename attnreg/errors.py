@@ -18,12 +18,14 @@
     ├── RecordError (ValueError)          a tuning record or database that cannot be read
     └── TuneError (RuntimeError)          tuning could not start or go on
 
-A message says what happened, why, and what to do next, with the values at hand.
+A message says what happened, why, and what to do next, with the values at hand; a password among them is hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
+from attnreg.redaction import redact
 
 __all__ = [
     "AttnregError",
@@ -48,6 +50,9 @@ __all__ = [
 
 class AttnregError(Exception):
     """Root of the tree: `except AttnregError` catches whatever attnreg raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class SpecError(AttnregError, ValueError):
@@ -107,8 +112,8 @@ class UnsupportedError(BackendError):
         for name, why in reasons.items():
             lines += [f"  {name}: {reason}" for reason in why]
         super().__init__("\n".join(lines))
-        self.message = message
-        self.reasons = {name: list(why) for name, why in reasons.items()}
+        self.message = redact(message)
+        self.reasons = {name: [redact(reason) for reason in why] for name, why in reasons.items()}
 
     def __reduce__(self) -> tuple[type, tuple[str, dict[str, list[str]]]]:
         return type(self), (self.message, self.reasons)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from attnreg import folders
 from attnreg.errors import RecordError, SpecError
 from attnreg.evidence import combine
 from attnreg.hardware import Hardware
@@ -22,7 +23,7 @@ from attnreg.records import Record, problem_class
 from attnreg.records_json import from_json
 from attnreg.store_files import Broken, Contents, file_of, files, read, rewrite
 
-__all__ = ["Match", "Store", "current", "data_dir", "offer", "on_change", "shipped_dir", "using"]
+__all__ = ["Match", "Store", "current", "offer", "on_change", "shipped_dir", "using"]
 
 _LAYERS: tuple[Rung, ...] = ("user", "plugin", "shipped")
 MAX_DISTANCE = 4.0
@@ -42,12 +43,14 @@ class Store:
     """Records of two folders and of plugins. `find` looks them up; `add` writes to the user's folder.
 
     user, shipped: `<folder>/<hardware slug>/*.json`; None for none. plugins: gives (plugin, record as plain
-    data), asked at each look. Reading is lazy and follows the files' changes; what cannot be read is in `broken`.
+    data), asked at each look. also: more folders of the user's, which are only read. Reading is lazy and follows
+    the files' changes; what cannot be read is in `broken`.
     """
 
     user: Path | None = None
     shipped: Path | None = None
     plugins: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]] | None = None
+    also: tuple[Path, ...] = ()
     _cache: dict[Path, _Cached] = field(default_factory=dict, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _from_plugins: tuple[list[tuple[str, Mapping[str, Any]]], Contents] | None = field(default=None, repr=False)
@@ -98,7 +101,7 @@ class Store:
         Raises RecordError where there is no user folder or it cannot be written.
         """
         if self.user is None:
-            raise RecordError("this store has no user folder to write to")
+            raise RecordError("there is no folder to keep records in; set ATTNREG_DATA_DIR to one that can be written")
         kept: list[Record] = [record]
 
         def change(now: Iterable[Record]) -> list[Record]:
@@ -107,6 +110,8 @@ class Store:
             return [*(r for r in now if r.identity != record.identity), kept[0]]
 
         rewrite(self.user, file_of(self.user, record), change)
+        if self.also:
+            folders.tell("data", self.user.parent)
         _changed()
         return kept[0]
 
@@ -124,10 +129,11 @@ class Store:
     def _contents(self, layer: Rung, slugs: Iterable[str] | None) -> list[Contents]:
         if layer == "plugin":
             return [self._plugin_records()]
-        root = self.user if layer == "user" else self.shipped
-        if root is None:
-            return []
-        return [self._read(path) for folder in _folders(root, slugs) for path in files(folder)]
+        roots = self._of_user() if layer == "user" else [self.shipped] if self.shipped is not None else []
+        return [self._read(path) for root in roots for folder in _folders(root, slugs) for path in files(folder)]
+
+    def _of_user(self) -> list[Path]:
+        return [*([self.user] if self.user is not None else []), *self.also]
 
     def _read(self, path: Path) -> Contents:
         signature = _signature(path)
@@ -147,7 +153,7 @@ class Store:
 
     def _indexed(self, slugs: tuple[str, ...]) -> dict[str, list[tuple[Rung, Record]]]:
         """Records of a machine class by problem class, rebuilt when a file changed."""
-        roots = [root for root in (self.user, self.shipped) if root is not None]
+        roots = [*self._of_user(), *([self.shipped] if self.shipped is not None else [])]
         paths = [path for root in roots for folder in _folders(root, slugs) for path in files(folder)]
         state = (slugs, self._plugin_records(), *((path, _signature(path)) for path in paths))
         with self._lock:
@@ -160,15 +166,6 @@ class Store:
                                 index.setdefault(problem_class(record.problem), []).append((layer, record))
                 self._index = (state, index)
             return self._index[1]
-
-
-def data_dir() -> Path:
-    """Where this user's records and studies live: ATTNREG_DATA_DIR, else XDG_DATA_HOME/attnreg, else ~/.local/share."""
-    own = os.environ.get("ATTNREG_DATA_DIR")
-    if own:
-        return Path(own)
-    root = os.environ.get("XDG_DATA_HOME")
-    return (Path(root) if root else Path.home() / ".local" / "share") / "attnreg"
 
 
 def shipped_dir() -> Path:
@@ -189,10 +186,22 @@ def current() -> Store:
     if _current is None:
         with _guard:
             if _current is None:
-                _current = Store(
-                    data_dir() / "tuning_db", shipped_dir(), lambda: _plugin_source() if _plugin_source else ()
-                )
+                _current = _of_this_user()
     return _current
+
+
+def _of_this_user() -> Store:
+    """Records go to the folder that can be written; those of the folder that is named are read even where it cannot."""
+    written = folders.chosen("data")
+    also: tuple[Path, ...] = ()
+    try:
+        named = folders.named("data")
+        if named != written:
+            also = (named / "tuning_db",)
+            os.scandir(named).close()
+    except OSError:  # neither to write nor to read
+        folders.tell("data", written)
+    return Store(written / "tuning_db" if written is not None else None, shipped_dir(), _plugin_records, also)
 
 
 def _plugin_records() -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -7,13 +7,12 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from attnreg.errors import RecordError
+from attnreg.folders import LockTimeoutError, locked, ready
 from attnreg.records import Record
 from attnreg.records_json import SCHEMA, line, parse_line, schema_of
 
@@ -97,8 +96,8 @@ def rewrite(root: Path, path: Path, change: Callable[[Sequence[Record]], Sequenc
     written or stays locked.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(root):
+        ready(path.parent)
+        with locked(root / ".lock", LOCK_SECONDS):
             now = read(path)
             made = sorted(change(now.records), key=lambda record: (record.problem.key(), line(record)))
             lines = sorted({*map(line, made), *now.newer})
@@ -107,20 +106,13 @@ def rewrite(root: Path, path: Path, change: Callable[[Sequence[Record]], Sequenc
                 _append(path.with_name(path.name + ".broken"), aside)
             _sweep(path)
             _replace(path, "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+    except LockTimeoutError as error:
+        raise RecordError(
+            f"{root}: locked by another process for over {LOCK_SECONDS:g} s ({error.filename})"
+        ) from error
     except OSError as error:
         raise RecordError(f"{path}: cannot be written: {error}; set ATTNREG_DATA_DIR to a folder that can") from error
     return list(made)
-
-
-@contextlib.contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    try:
-        with FileLock(str(root / ".lock"), timeout=LOCK_SECONDS):
-            yield
-    except Timeout as error:
-        raise RecordError(
-            f"{root}: locked by another process for over {LOCK_SECONDS:g} s ({root / '.lock'})"
-        ) from error
 
 
 def _is_newer(text: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from attnreg import folders
 from attnreg.hardware import Hardware
 
 __all__ = ["PeakLoops", "Peaks"]
@@ -72,13 +73,16 @@ def _compiled() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=folders.temporary(to_execute=True)) as folder:
         made = Path(folder) / "peak.so"
         source = files("attnreg.bench") / "peak.c"
         command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(made)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             return None
-        library = ctypes.CDLL(str(made))
+        try:
+            library = ctypes.CDLL(str(made))
+        except OSError:  # no temporary folder from which anything can be loaded
+            return None
     library.attnreg_fma.restype = ctypes.c_double
     library.attnreg_fma.argtypes = [ctypes.c_long, ctypes.c_void_p]
     library.attnreg_read.restype = ctypes.c_float

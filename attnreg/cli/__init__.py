@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from attnreg.errors import AttnregError
+from attnreg.redaction import hide_argument, redact
 
 __all__ = ["app", "console", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; whatever they print of their arguments has no passwords in it."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
+        """Hide the passwords of URLs; the storage asks for them back."""
+        given = sys.argv[1:] if args is None else args
+        return super().main([hide_argument(argument) for argument in given], *rest, **named)
+
+
 app = typer.Typer(
     name="attnreg",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -28,5 +44,8 @@ def main() -> None:
     try:
         app()
     except (AttnregError, OSError) as error:
-        print(f"attnreg: {error}", file=sys.stderr)
+        print(f"attnreg: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        sys.exit(1)

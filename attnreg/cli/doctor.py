@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from attnreg import registry, store
+from attnreg import folders, registry, store
 from attnreg.backend import Finding
 from attnreg.cli import app, console
 from attnreg.hardware import Hardware, detect
@@ -98,11 +98,22 @@ def _core_findings() -> list[tuple[str, Finding]]:
     """What the core itself can see: records that could not be read, a GPU that torch does not see."""
     todo = "mend or delete it; the rest is used"
     out = [("records", Finding(b.where, False, b.reason, todo)) for b in store.current().broken()]
+    out.append(("core", _folder(folders.report("data"))))  # that of kernels is named by whoever compiles them
     if _gpus() == 0:
         built = torch.version.cuda or torch.version.hip
         why = f"torch is built for {built} but sees no device" if built else "this torch is a CPU build"
         out.append(("core", Finding("GPU", True, f"none: {why}", "GPU backends refuse CPU tensors and say so")))
     return out
+
+
+def _folder(said: folders.Report) -> Finding:
+    """The folder in use, what it stands in for, and why."""
+    detail = str(said.path) if said.path is not None else "nothing is kept: no folder can be written"
+    if not said.passed:
+        return Finding(said.what, True, detail)
+    why = "; ".join(f"{fault.where}: {fault.why}" for fault in said.passed)
+    todo = f"set {said.variable} to a folder that can be used"
+    return Finding(said.what, False, f"{detail} (others cannot be used: {why})", todo)
 
 
 def _print_findings(findings: list[tuple[str, Finding]]) -> None:

@@ -8,11 +8,11 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
 from typing import IO, Any, Literal, NoReturn
 
 import torch
 
+from attnreg import folders
 from attnreg.errors import TuneError
 from attnreg.measure import child
 from attnreg.measure.candidates import About, Candidate, Died, Opened, Plan, Refusal, Round, Verdict
@@ -83,9 +83,9 @@ class Worker:
 
     def _start(self) -> None:
         """Start the process and give it the plan."""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process; _end closes it
+        self._log = folders.scratch_file()  # lives as long as the process; _end closes it
         # ATTNREG_AUTOTUNE off: a worker that tuned would start workers of its own.
-        environ = {**os.environ, "ATTNREG_AUTOTUNE": ""}
+        environ = {**folders.child_environ(), "ATTNREG_AUTOTUNE": ""}
         self._process, self._to, self._from = child.start("attnreg.measure.worker", environ, self._log)
         self._buffer, self._at = b"", None
         self.restarts += 1

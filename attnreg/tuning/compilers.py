@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from attnreg import folders
 from attnreg.backend import StaticReport
 from attnreg.errors import TuneError
 from attnreg.measure import Candidate, child
@@ -35,7 +36,7 @@ class _Process:
 
     def __init__(self) -> None:
         # TRITON_INTERPRET would load kernels for the interpreter; a compiler needs one thread.
-        environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environ = {name: value for name, value in folders.child_environ().items() if name != "TRITON_INTERPRET"}
         environ["OMP_NUM_THREADS"] = "1"
         self.process, self.to, self.incoming = child.start("attnreg.tuning.compile_worker", environ, subprocess.DEVNULL)
         self.buffer = b""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from attnreg.errors import InputError
+from attnreg.redaction import hide
+from attnreg.tuning.location import location
 from attnreg.tuning.search import ENUMERATE
 
 __all__ = ["DEFAULTS", "Options"]
@@ -19,12 +21,12 @@ class Options:
     """How to tune. The defaults suit a call at a prompt.
 
     trials: most candidates to look at, None for as many as pay. seconds: for the whole problem, None for no limit.
-    storage: a journal file or a database URL; None for a journal of the problem's own in the data folder.
-    backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a worker process.
-    keep: write the record to the user's database. time_limit: seconds that one step of a candidate may take.
-    memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at most so
-    many points are looked at whole. patience: sampled candidates without gain after which more cannot pay, None for
-    a share of the space.
+    storage: a journal file or a database URL, whose password is never shown; None for a journal of the problem's own
+    in the data folder. backends: only these. cache: time with "warm" or "cold" caches. isolate: run candidates in a
+    worker process. keep: write the record to the user's database. time_limit: seconds that one step of a candidate
+    may take. memory_limit: bytes that the worker may hold, 0 for most of what is free. enumerate_up_to: spaces of at
+    most so many points are looked at whole. patience: sampled candidates without gain after which more cannot pay,
+    None for a share of the space.
 
     Raises InputError naming the option that cannot be meant.
     """
@@ -50,6 +52,14 @@ class Options:
             value = getattr(self, name)
             if not fits(value):
                 raise InputError(_SAID.get(name, name), f"expected {wanted}, got {value!r}")
+        if self.storage is not None:
+            location(self.storage)
+
+    def __repr__(self) -> str:
+        """As of any dataclass, but for the password of the storage."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        said = (f"{name}={hide(x) if name == 'storage' and isinstance(x, str) else x!r}" for name, x in values)
+        return f"Options({', '.join(said)})"
 
 
 def _count(value: object, least: int) -> bool:

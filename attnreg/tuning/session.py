@@ -29,6 +29,7 @@ from attnreg.tuning.report import Progress, TuneReport
 from attnreg.tuning.search import ENUMERATE, Search
 from attnreg.tuning.seeds import starting_points
 from attnreg.tuning.spaces import usable_space
+from attnreg.tuning.storage import database_error
 from attnreg.tuning.studies import note_record, study_of
 
 __all__ = ["Options", "hardware_of", "tune_problem"]
@@ -65,8 +66,20 @@ def tune_problem(
 
     Every candidate passes the gate before it is timed. A candidate that fails, crashes, hangs, leaks or runs out of
     memory is a result; it never ends the run. Raises TuneError where tuning cannot start: a custom mask, a device
-    that this machine lacks, a storage that cannot be opened, or no backend for the problem.
+    that this machine lacks, a storage that cannot be opened, or no backend for the problem; and where its database
+    fails.
     """
+    try:
+        return _tune_problem(problem, options, on_progress)
+    except Exception as error:
+        failed = database_error(options.storage, error)
+        if not failed:
+            raise
+    # Out of the handler, so that what the driver said is no part of the traceback: it may hold the password.
+    raise TuneError(failed)
+
+
+def _tune_problem(problem: Problem, options: Options, on_progress: Callable[[Progress], object]) -> TuneReport:
     setting = _setting(problem, options, on_progress)
     plan = Plan(
         problem,

@@ -15,32 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from attnreg.errors import TuneError
+from attnreg.backend import error_text
+from attnreg.errors import InputError, TuneError
+from attnreg.folders import Lock, ready
+from attnreg.tuning.location import is_database, location, shown
 
-__all__ = ["abandoned", "digest", "ended", "left_behind", "open_storage", "open_study", "owner"]
+__all__ = ["abandoned", "database_error", "digest", "ended", "left_behind", "open_storage", "open_study", "owner"]
 
 STALE_SECONDS = 1800.0
 """A trial of another host that runs for longer than this is taken as abandoned."""
-
-
-class _KernelLock:
-    """A lock for journals that the kernel frees when its holder is killed; Optuna's own would stay behind."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(str(path) + ".lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
+DRIVERS = (
+    "sqlalchemy",
+    "alembic",
+    "optuna",
+    "psycopg",
+    "psycopg2",
+    "pymysql",
+    "MySQLdb",
+    "oracledb",
+    "pyodbc",
+    "sqlite3",
+)
+"""Packages whose errors are a database's."""
 
 
 def open_storage(where: str | Path) -> BaseStorage:
@@ -48,24 +49,46 @@ def open_storage(where: str | Path) -> BaseStorage:
 
     A journal line that a kill left half written is cut off: Optuna would refuse the whole file.
     """
-    text = str(where)
     try:
-        if "://" in text:
-            return _database(text)
-        path = Path(where)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _KernelLock(path)
+        place = location(where)
+    except InputError as error:
+        raise TuneError(str(error)) from None
+    if isinstance(place, Path):
+        return _journal(place)
+    try:
+        return _database(place)
+    except Exception as error:
+        why = error_text(error)
+    # Out of the handler, so that what the driver said is no part of the traceback: it may hold the password.
+    raise TuneError(f"storage {shown(place)} cannot be opened: {why}")
+
+
+def database_error(where: str | Path | None, error: BaseException) -> str:
+    """What went wrong with the database, without its password; empty for what is no error of a database's."""
+    if where is None or not is_database(where):
+        return ""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__module__.partition(".")[0] in DRIVERS:
+            return f"storage {shown(where)}: {error_text(error)}"
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _journal(path: Path) -> JournalStorage:
+    try:
+        ready(path.parent)
+        # The kernel frees it when its holder is killed; Optuna's own would stay behind.
+        lock = Lock(path.with_name(path.name + ".lock"))
         lock.acquire()
         try:
             _cut_torn_line(path)
         finally:
             lock.release()
         # Optuna keeps its base class for locks private; a lock is anything with acquire and release.
-        backend = JournalFileBackend(str(path), lock_obj=lock)  # type: ignore[arg-type]  # as above
-        return JournalStorage(backend)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]  # as above
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise TuneError(f"storage {_without_password(text)} cannot be opened: {why}") from error
+        raise TuneError(f"storage {path} cannot be opened: {error_text(error)}") from error
 
 
 def _database(url: str) -> RDBStorage:
@@ -175,8 +198,3 @@ def _cut_torn_line(path: Path) -> None:
     if end != len(data):
         with open(path, "r+b") as file:
             file.truncate(end)
-
-
-def _without_password(url: str) -> str:
-    scheme, sep, rest = url.partition("://")
-    return f"{scheme}{sep}{rest.rpartition('@')[2]}" if sep else url

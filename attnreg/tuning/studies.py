@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage, InMemoryStorage
 
-from attnreg import store
+from attnreg import folders, store
 from attnreg.measure import Plan
 from attnreg.records import software
 from attnreg.tuning.joint import JointSpace
@@ -38,7 +39,7 @@ def study_of(
         "policy": {name: getattr(plan, name) for name in ("cache", "threads", "time_limit", "memory_limit")},
         "schema": SCHEMA,
     }
-    storage = open_storage(where or store.data_dir() / "studies" / slug / f"{problem}.journal")
+    storage = open_storage(where) if where is not None else _own_storage(slug, f"{problem}.journal")
     of_problem = f"attnreg-{problem}-"
     study = open_study(storage, of_problem + digest(about), make_sampler(seed), _recorded(plan))
     if "about" in study.user_attrs:
@@ -49,6 +50,13 @@ def study_of(
         return study, ()
     differ = ", ".join(_differences(older[0], about)) or "what it was about"
     return study, (f"an unfinished search with {older[1]} results is not gone on with: {differ} changed since",)
+
+
+def _own_storage(slug: str, name: str) -> BaseStorage:
+    """A journal in the user's data folder; in memory, so that nothing is resumed, where there is no such folder."""
+    folder = folders.chosen("data")
+    folders.tell("data", folder)
+    return open_storage(folder / "studies" / slug / name) if folder is not None else InMemoryStorage()
 
 
 def note_record(study: optuna.Study, date: str) -> None:

@@ -1,15 +1,16 @@
 """Compile a C++ source of this plugin into a cached shared library and load it.
 
 A library is keyed by its sources, flags and CPU, and named after its compiler too, so a change in any of them compiles
-anew and a cache shared between machines never serves code for another CPU. Where there is no compiler, what any
-compiler has made of the same key serves. A file lock keeps processes from compiling the same thing twice; the finished
-file appears by rename.
+anew and a cache shared between machines never serves code for another CPU. Where there is no compiler that works, what
+any compiler has made of the same key serves. A file lock keeps processes from compiling the same thing twice; the
+finished file appears by rename. A folder that cannot be written or executed is passed over for the next.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -24,8 +25,9 @@ from pathlib import Path
 
 import torch
 
-from attnreg import errors
-from attnreg_cpu import library_files
+from attnreg import folders
+from attnreg_cpu import library_files, toolchain
+from attnreg_cpu.toolchain import BuildError
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
 BASE_FLAGS = (
@@ -46,14 +48,9 @@ BASE_FLAGS = (
     "-Wno-maybe-uninitialized",
 )
 COMPILERS = ("g++", "clang++", "c++")
-COMPILE_TIMEOUT = 300.0
 INCLUDE = re.compile(rb'^#include "([^"]+)"', re.MULTILINE)
 ELSEWHERE = "on a machine with a compiler and the same CPU and bring its cache here"
 INSTALL_HINT = "install g++ (for instance `apt-get install g++`) or point CXX at a C++17 compiler"
-
-
-class BuildError(errors.BackendError):
-    """The system's compiler is missing, or refused a kernel source."""
 
 
 @functools.cache
@@ -78,14 +75,39 @@ def no_compiler() -> str:
     return f"no C++ compiler: {looked}"
 
 
+def lacking() -> str:
+    """Why nothing can be compiled: no compiler, one that is known not to work, or no folder. Empty where it may."""
+    compiler = find_compiler()
+    if compiler is None:
+        return no_compiler()
+    fault = toolchain.fault(_trial_command(compiler))
+    if fault:
+        return f"the C++ compiler does not work: {fault}"
+    if folders.chosen("cache") is None:
+        folders.tell("cache", None)
+        return f"no folder can keep compiled kernels: {_passed({})}"
+    return ""
+
+
+def try_compiler(folder: Path) -> None:
+    """Let the compiler build and load a one-line kernel in `folder`, unless that is known. Raises as prove()."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(f"{no_compiler()}; {INSTALL_HINT}")
+    toolchain.prove(_trial_command(compiler), folders.ready(folder))
+
+
 @functools.cache
 def compiler_version(compiler: str, *arguments: str) -> str:
     """The first line of `compiler --version` and its target: part of a library's name."""
     lines = []
     for flag in ("--version", "-dumpmachine"):
         command = [compiler, *arguments, flag]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        lines.append(done.stdout.splitlines()[0] if done.stdout else "")
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):  # the trial says what is wrong with it
+            return ""
+        lines.append(done.stdout.splitlines()[0] if done.stdout.strip() else "")
     return " ".join(lines)
 
 
@@ -142,30 +164,62 @@ def library_key(source: str, defines: Mapping[str, int | str], extra_flags: tupl
 
 
 def build(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compile csrc/`source` with `-D` macros unless the cache holds it whole; returns the library's path.
+    """Compile csrc/`source` with `-D` macros unless a cache holds it whole; returns the library's path.
 
-    Safe among threads and processes: one compiles, the others wait for its lock. Without a compiler, what another
-    machine's has made serves. Raises BuildError with the compiler's words, or with what is missing.
+    Safe among threads and processes: one compiles, the others wait for its lock. Without a compiler that works, what
+    another machine's has made serves. Raises BuildError with the compiler's words, or with what is missing; its cause
+    is an OSError where it is the system that lacks something, such as room on the disk.
     """
-    if find_compiler() is None:
+    if lacking():
         return _built_elsewhere(source, defines, extra_flags)
-    target, command = _plan(source, defines, extra_flags)
-    if library_files.is_whole(target):
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with library_files.locked(target.with_suffix(".lock")):
-            if not library_files.is_whole(target):
-                _compile(command, target)
-    except OSError as error:
-        raise BuildError(f"cannot write the kernel cache {target.parent}: {error}") from error
-    return target
+    planned, command = _plan(source, defines, extra_flags)
+    name = planned.name
+    there = library_files.found(name)
+    if there is not None:
+        return there
+    failed: dict[Path, OSError] = {}
+    for folder in folders.places("cache"):
+        target = library_files.in_folder(folder) / name
+        if library_files.why_refused(target):  # what was made there would be the same
+            continue
+        try:
+            _make(command, target)
+        except OSError as error:
+            folders.refuse("cache", folder, error)
+            failed[folder] = error
+        except BuildError:
+            if not lacking():
+                raise
+            return _built_elsewhere(source, defines, extra_flags)
+        else:
+            folders.tell("cache", folder)
+            return target
+    refused = [f"{path}: {why}" for path in library_files.of_name(name) if (why := library_files.why_refused(path))]
+    why = "; ".join([*refused, _passed(failed)])
+    raise BuildError(
+        f"{source}: no folder can keep the compiled kernel ({why}); set ATTNREG_CACHE_DIR to one that can"
+    ) from next(reversed(failed.values()), None)
+
+
+def library(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Build and load. What lies where nothing can be loaded is copied to another folder. Raises BuildError."""
+    while True:
+        path = build(source, defines, extra_flags)
+        try:
+            return load(path)
+        except (OSError, AttributeError) as error:
+            if isinstance(error, OSError) and "Cannot allocate memory" in str(error):
+                raise BuildError(f"{path} cannot be loaded: {error}") from OSError(errno.ENOMEM, str(error))
+            copy = _copied(path) if isinstance(error, OSError) and toolchain.cannot_execute(error) else None
+            if copy is not None:
+                return copy
+            library_files.refuse(path, f"cannot be loaded: {error}")
 
 
 def ready(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> Path | None:
     """The library that serves without a compiler, the newest where several have made one; None without any."""
     found = candidates(source, defines, extra_flags)
-    return next((path for path in found if library_files.is_whole(path)), None)
+    return next((path for path in found if library_files.serves(path)), None)
 
 
 def candidates(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> list[Path]:
@@ -228,7 +282,12 @@ def _digest(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def _trial_command(compiler: str) -> list[str]:
+    return [compiler, *compiler_arguments(), *_flags({}, ())]
+
+
 def _plan(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """Where the library will lie, unless another folder serves, and the command that makes it."""
     compiler, arguments = find_compiler(), compiler_arguments()
     if compiler is None:
         raise BuildError(f"{no_compiler()}; {INSTALL_HINT}")
@@ -241,26 +300,51 @@ def _built_elsewhere(source: str, defines: Mapping[str, int | str], extra_flags:
     found = ready(source, defines, extra_flags)
     if found is not None:
         return found
-    damaged = candidates(source, defines, extra_flags)
-    if damaged:
-        lack = f"{', '.join(map(str, damaged))} is damaged or cannot be read: delete it"
+    unusable = candidates(source, defines, extra_flags)
+    if unusable:
+        why = [library_files.why_refused(path) or "is damaged or cannot be read: delete it" for path in unusable]
+        lack = "; ".join(f"{path} {said}" for path, said in zip(unusable, why, strict=True))
     else:
         macros = [f"{name}={value}" for name, value in sorted(defines.items())]
-        lack = f"{library_files.cache_dir()} holds no library of {' '.join([source, *macros])}"
-    raise BuildError(f"{no_compiler()}, and {lack}; run `attnreg build` {ELSEWHERE}, or {INSTALL_HINT}")
+        lack = f"{library_files.where()} holds no library of {' '.join([source, *macros])}"
+    raise BuildError(f"{lacking()}, and {lack}; run `attnreg build` {ELSEWHERE}, or {INSTALL_HINT}")
+
+
+def _copied(path: Path) -> ctypes.CDLL | None:
+    """A library that lies where nothing can be loaded, loaded from the first folder that takes a copy."""
+    folders.refuse("cache", path.parent.parent, "nothing in it can be loaded (is it mounted noexec?)")
+    for folder in folders.places("cache"):
+        target = library_files.in_folder(folder) / path.name
+        try:
+            loaded = load(library_files.copy(path, target))
+        except OSError as error:
+            folders.refuse("cache", folder, error)
+        else:
+            folders.tell("cache", folder)
+            return loaded
+    return None
+
+
+def _passed(failed: Mapping[Path, OSError]) -> str:
+    """The folders that do not do, and why."""
+    found = {fault.where: fault.why for fault in folders.report("cache").passed}
+    found |= {str(folder): error.strerror or str(error) for folder, error in failed.items()}
+    return "; ".join(f"{where}: {why}" for where, why in found.items())
+
+
+def _make(command: list[str], target: Path) -> None:
+    """Compile into the folder of `target` unless another process does so first. Raises BuildError, OSError."""
+    folder = folders.ready(target.parent)
+    with library_files.locked(target.with_suffix(".lock")):
+        if not library_files.serves(target):
+            try_compiler(folder)
+            _compile(command, target)
 
 
 def _compile(command: list[str], target: Path) -> None:
     # The compiler itself makes the file in a folder of ours, so that the umask decides who may read it.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=target.stem, suffix=".tmp") as folder:
         scratch = Path(folder) / target.name
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(scratch)], capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"compiling took over {COMPILE_TIMEOUT:.0f} s: {' '.join(command)}") from error
-        if done.returncode != 0:
-            raise BuildError(f"`{' '.join(command)}` failed with status {done.returncode}:\n{done.stderr.strip()}")
+        toolchain.run(command, scratch)
         library_files.seal(scratch)
         os.replace(scratch, target)

@@ -15,6 +15,7 @@ from attnreg import Hardware, Problem, SearchSpace, block_of, scores, sparsity
 from attnreg_cpu import build, params
 from attnreg_cpu.arguments import Arguments, dense_rows, longest
 from attnreg_cpu.conjunction import read_conjunction
+from attnreg_cpu.toolchain import BuildError
 from attnreg_cpu.variant import check_status
 
 __all__ = ["Decode", "decode_space", "decode_supports"]
@@ -238,12 +239,12 @@ def _longest(tensors: Mapping[str, Any], skv: int) -> int:
 
 @functools.cache
 def _kernel(cache: str) -> Callable[[bytes], int]:
-    library = build.load(build.build("decode.cpp", {"ATTNREG_CACHE": cache}))
+    library = build.library("decode.cpp", {"ATTNREG_CACHE": cache})
     size = library.attnreg_decode_params_size
     size.restype = ctypes.c_int64
     packed = params.SIZE + _end_packer.size
     if size() != packed:
-        raise build.BuildError(f"decode_plan.h has {size()} bytes where decode.py packs {packed}")
+        raise BuildError(f"decode_plan.h has {size()} bytes where decode.py packs {packed}")
     entry = library.attnreg_decode
     entry.argtypes = [ctypes.c_char_p]
     entry.restype = ctypes.c_int64

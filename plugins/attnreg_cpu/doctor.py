@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-from attnreg import Finding
+from attnreg import Finding, folders
 from attnreg_cpu import build, library_files, product
+from attnreg_cpu.toolchain import BuildError
 
 
 def findings() -> list[Finding]:
@@ -20,29 +19,36 @@ def _compiler() -> Finding:
         detail = f"{build.no_compiler()}, so only kernels that lie compiled in the cache run"
         todo = f"{build.INSTALL_HINT}, or run `attnreg build` {build.ELSEWHERE}"
         return Finding("cpu: compiler", False, detail, todo)
-    return Finding("cpu: compiler", True, build.compiler_version(compiler, *build.compiler_arguments()))
+    version = build.compiler_version(compiler, *build.compiler_arguments()) or "it does not say its version"
+    for folder in folders.places("cache"):
+        try:
+            build.try_compiler(library_files.in_folder(folder))
+        except OSError as error:
+            folders.refuse("cache", folder, error)
+        except BuildError as error:
+            todo = f"mend it, or point CXX at one that works; or run `attnreg build` {build.ELSEWHERE}"
+            return Finding("cpu: compiler", False, f"{version}: {error}", todo)
+        else:
+            return Finding("cpu: compiler", True, f"{version}; it builds and loads a kernel")
+    return Finding("cpu: compiler", False, f"{version}; no folder to try it in", "see the kernel cache")
 
 
 def _cache() -> Finding:
-    folder = library_files.cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    compiles = build.find_compiler() is not None
-    if compiles and not writable:
-        return Finding(
-            "cpu: kernel cache", False, f"{folder} cannot be written", "set ATTNREG_CACHE_DIR to a writable folder"
-        )
+    said = folders.report("cache")
+    passed = "; ".join(f"{fault.where}: {fault.why}" for fault in said.passed)
+    compiles = not build.lacking()
     found = library_files.libraries()
     damaged = [path.name for path in found if not library_files.is_whole(path)]
-    detail = f"{folder} holds {len(found) - len(damaged)} compiled kernels"
+    here = library_files.in_folder(said.path) if said.path is not None else "no folder"
+    detail = f"{here if compiles else library_files.where()} holds {len(found) - len(damaged)} compiled kernels"
+    if passed:
+        detail += f" (others cannot be used: {passed})"
     if damaged:
-        detail += f" and {len(damaged)} damaged or unreadable: {', '.join(damaged)}"
+        detail += f", and {len(damaged)} damaged or unreadable: {', '.join(damaged)}"
         again = "calls compile anew what they need" if compiles else "and run `attnreg build` where there is a compiler"
         return Finding("cpu: kernel cache", False, detail, f"delete these files: {again}")
-    return Finding("cpu: kernel cache", True, detail)
+    todo = f"set {said.variable} to a folder that can be written and whose file system lets files be executed"
+    return Finding("cpu: kernel cache", not passed, detail, todo if passed else "")
 
 
 def _threads() -> Finding:

@@ -47,7 +47,7 @@ class NativeBackend:
         decoded = decodes(problem, hardware)
         # What decoding does not take, prefill may; its reasons count where both refuse.
         reasons += [] if decoded else prefill_supports(problem)
-        if not reasons and build.find_compiler() is None:
+        if not reasons and build.lacking():
             reasons = _lacking_kernels(problem, hardware, decoded)
         return reasons
 
@@ -110,8 +110,12 @@ def _lacking_kernels(problem: Problem, hardware: Hardware, decoded: bool) -> lis
         how = f"run `attnreg build --head-dims {d} --dtypes {problem.dtype}`" if plain else "make such a call"
     if ready:
         return []
-    lack = f"{library_files.cache_dir()} holds no {what}"
-    damaged = [path.name for one in wanted for path in build.candidates(*one) if not library_files.is_whole(path)]
+    lack = f"{library_files.where()} holds no {what}"
+    there = [path for one in wanted for path in build.candidates(*one)]
+    damaged = [path.name for path in there if not library_files.is_whole(path)]
     if damaged:
         lack += f" but damaged ones, which can be deleted ({', '.join(damaged)})"
-    return [f"{build.no_compiler()}, and {lack}: {how} {build.ELSEWHERE}, or {build.INSTALL_HINT}"]
+    refused = [f"{path.name} {why}" for path in there if (why := library_files.why_refused(path))]
+    if refused:
+        lack += f" but {'; '.join(refused)}"
+    return [f"{build.lacking()}, and {lack}: {how} {build.ELSEWHERE}, or {build.INSTALL_HINT}"]

@@ -39,7 +39,7 @@ def _tiles_are_faster(problem: Problem, hardware: Hardware) -> bool:
     takes 1.3 to 4 times as long; with eight, only where the cache was read a moment ago.
     """
     rows = problem.sq * problem.group
-    if rows <= ONE_PASS or (build.find_compiler() is None and not ready_shapes(problem, hardware)):
+    if rows <= ONE_PASS or (build.lacking() and not ready_shapes(problem, hardware)):
         return False
     if problem.skv < KEYS_A_ROW * rows:
         return True

@@ -116,7 +116,7 @@ def _shapes(problem: Problem, hardware: Hardware) -> list[tuple[int, str]]:
     most = max(1, -(-problem.sq * problem.group // lanes_of(hardware)))
     every = every_shape(problem, hardware)
     product = every[0][1]
-    if build.find_compiler() is None:
+    if build.lacking():
         every = ready_shapes(problem, hardware) or every
     # A tile that is wider than the rows wastes lanes; it is taken where nothing narrower lies ready.
     fitting = [shape for shape in every if shape[0] <= max(most, min(every)[0])]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from attnreg import Problem, errors, scores
 from attnreg_cpu import build, params, product
+from attnreg_cpu.toolchain import BuildError
 
 ELEMENTS = {"float32": "float", "float16": "half_t", "bfloat16": "bfloat_t"}
 Kernel = Callable[[bytes], int]
@@ -75,11 +76,11 @@ def variant_of(source: str, problem: Problem, vectors: int, way: str) -> Variant
 def load_kernel(variant: Variant, symbol: str) -> Kernel:
     if variant.product.startswith("amx") and product.refused():
         raise errors.BackendError("attnreg_cpu: the operating system refuses the CPU's tile registers (AMX)")
-    library = build.load(build.build(variant.source, variant.defines()))
+    library = build.library(variant.source, variant.defines())
     size = library.attnreg_params_size
     size.restype = ctypes.c_int64
     if size() != params.SIZE:
-        raise build.BuildError(
+        raise BuildError(
             f"params.h has {size()} bytes where params.py packs {params.SIZE}: a kernel of another release?"
         )
     entry = getattr(library, symbol)

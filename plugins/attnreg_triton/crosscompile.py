@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from attnreg import Hardware, Problem, StaticReport, targets
+from attnreg import Hardware, Problem, StaticReport, folders, targets
 
 from . import estimate, static_model
 from .plan import ConfigValue, Plan
@@ -84,7 +84,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    with tempfile.NamedTemporaryFile(suffix=".cubin", dir=folders.temporary()) as file:
         file.write(cubin)
         file.flush()
         return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout

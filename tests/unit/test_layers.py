@@ -12,7 +12,7 @@ import pytest
 import attnreg
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = {"blocks", "errors", "masks", "scores", "sparsity", "targets", "testing"}
+PUBLIC = {"blocks", "errors", "folders", "masks", "scores", "sparsity", "targets", "testing"}
 
 
 def contract(kind: str) -> dict[str, Any]:
