@@ -32,10 +32,12 @@ _PASSING = frozenset(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does the error, or what caused it, say that memory was short: on the CPU, a GPU, or in a kernel's own scratch?"""
+    """Does the error, or what caused it, say that memory was short: on the CPU, a GPU, or in a kernel's own scratch?
+
+    Not where the system had none for a process of its own, such as a compiler: that is a trouble that may pass.
+    """
     return any(
         isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
         or (isinstance(e, RuntimeError) and any(text in str(e).lower() for text in _NO_MEMORY))
         for e in _chain(error)
     )

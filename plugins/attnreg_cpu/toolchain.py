@@ -122,6 +122,8 @@ def _of_the_system(status: int, said: str) -> OSError | None:
     for number in PASSING:
         if os.strerror(number) in said:
             return OSError(number, os.strerror(number))
+    if -status in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return OSError(errno.EINTR, f"the compiler was ended by {signal.Signals(-status).name}")
     if status == -signal.SIGKILL or "Killed signal terminated program" in said:
         return OSError(errno.ENOMEM, "the compiler was killed, as where memory is short")
     return None

@@ -32,12 +32,12 @@ NO_MEMORY: dict[str, Callable[[], Exception]] = {
     "windows": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "triton": lambda: RuntimeError("Triton Error [CUDA]: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
-    "system": lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
     "kernel": lambda: errors.OutOfMemoryError("cpu: out of memory for a thread's scratch buffers"),
     "behind_another": lambda: _caused(RuntimeError("while compiling"), MemoryError()),
 }
 PASSING: dict[str, Callable[[], Exception]] = {
     "full_disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "no_memory_for_a_compiler": lambda: _caused(errors.BackendError("killed"), OSError(errno.ENOMEM, "was killed")),
     "too_many_files": lambda: OSError(errno.EMFILE, "Too many open files"),
     "interrupted_compiler": lambda: errors.TransientError("the compiler was ended by signal 9"),
     "behind_another": lambda: _caused(
