@@ -216,7 +216,6 @@ def test_masks_stay_structured_where_the_pattern_is_known() -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"output_attentions": True}, "output_attentions"),
         ({"head_mask": torch.ones(4)}, "head_mask"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens_q"),
         ({"something_new": 3}, "something_new"),
