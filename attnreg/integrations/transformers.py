@@ -6,6 +6,11 @@
 
 What transformers passes (causal, sliding window, padding, packed sequences, softcap, sinks, position bias, scaling,
 dropout, GQA) becomes an AttentionSpec; what is not known raises, so that nothing is dropped in silence.
+
+`output_attentions=True`, as an argument, in a config or to generate(), gives each layer's weights. They cost what the
+fast path saves: Sq x Skv values a head and layer, kept in the output, and a few such tensors in float32 while they are
+made (and for backward); the output itself is computed as ever. They are the weights before dropout, and 0 in a row with
+nothing to attend, where eager attention gives equal weights to what is masked.
 """
 
 from __future__ import annotations
@@ -38,11 +43,18 @@ SILENT = frozenset(
     }
 )  # fmt: skip
 
+# Models whose own attention scales its output by what the sink leaves, and gives its weights before that.
+SINK_AFTERWARDS = frozenset({"granite_swa", "granitemoe_swa"})
+
 CAUSAL_DENSE, FULL_DENSE = CAUSAL & DENSE, FULL & DENSE
 
 
 def register(name: str = "attnreg") -> None:
-    """Register attention and mask functions under `name`, for `attn_implementation=name`."""
+    """Register attention and mask functions under `name`, for `attn_implementation=name`.
+
+    `output_attentions=True` is served by plain torch beside the call: it takes time and memory in Sq x Skv a head for
+    every layer, as eager attention does. Without it no weights are formed.
+    """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
 
@@ -197,8 +209,13 @@ def attention_forward(
         out = out * torch.sigmoid(lse - sink.squeeze(-1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     shown = None
     if asked_for(module, output_attentions):
-        shown = weights(query, key, read.allowed(), tensors.get("bias"), sink, scale, softcap or 0.0)
+        counted = None if _kind(module) in SINK_AFTERWARDS else sink
+        shown = weights(query, key, read.allowed(), tensors.get("bias"), counted, scale, softcap or 0.0)
     return out.transpose(1, 2).contiguous(), shown
+
+
+def _kind(module: nn.Module) -> Any:
+    return getattr(getattr(module, "config", None), "model_type", None)
 
 
 def _sink(s_aux: Tensor | None, sinks: Tensor | None, query: Tensor) -> Tensor | None:
