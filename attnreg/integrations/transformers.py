@@ -228,9 +228,7 @@ def _sink(s_aux: Tensor | None, sinks: Tensor | None, query: Tensor) -> Tensor |
     batch, heads, rows, _ = query.shape
     wanted = zip(sink.shape, (batch, heads, rows, 1), strict=False)
     if sink.ndim != 4 or sink.shape[1] != heads or any(have not in (size, 1) for have, size in wanted):
-        raise InputError(
-            name, f"expected [{heads}] or [{batch} or 1, {heads}, {rows} or 1, 1], got {list(sink.shape)}"
-        )
+        raise InputError(name, f"expected [{heads}] or [{batch} or 1, {heads}, {rows} or 1, 1], got {list(sink.shape)}")
     return sink
 
 

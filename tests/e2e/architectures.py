@@ -16,7 +16,10 @@ LAYERS = 2
 
 # Sizes by the names that configs use; the first that matches, and never more than the config's own.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_(num_hidden_)?layers|depth|num_hidden_groups)", LAYERS),
+    (
+        r"(num_hidden_layers|n_layers?|num_layers|(num_)?(en|de)coder_(num_hidden_)?layers|depth|num_hidden_groups)",
+        LAYERS,
+    ),
     (r"(.*num_key_value_heads|n_head_kv|num_kv_heads|linear_num_key_heads)", 2),
     (r".*(attention_heads|num_heads|n_heads?|linear_num_value_heads)", 4),
     (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_dim|embedding_size|emb_dim|word_embed_proj_dim)", 32),
@@ -34,10 +37,12 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(sliding_window|attention_window_size|index_block_size|compress_rate_.*)", 6),
     (r"index_topk|index_kpool", 4),
     (r"(rotary_dim|attention_chunk_size|block_size)", 4),
+    (r"max_source_positions", 50),
     (r"image_size", 32),
     (r"patch_size", 8),
 )
 OFF = re.compile(r".*(dropout|dropout_rate|drop_rate|layerdrop|_pdrop|dropout_prob|drop_path)(_rate)?")
+UNSAID = {"head_dim": 8, "num_key_value_heads": 2, "vocab_size": 99}
 LEFT_OUT = {
     "transformers_version", "model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "out_features",
     "out_indices", "_out_features", "_out_indices", "stage_names", "per_layer_config",
@@ -59,10 +64,12 @@ def shrink(said: dict[str, Any], without: str) -> dict[str, Any]:
             value = min(value, size) if size is not None else value
             if name.endswith("token_id") and value >= 90:
                 value = 0 if name.startswith("pad") else 90 + len(name) % 9
-        elif name == "head_dim" and value is None:
-            value = 8
+        elif value is None:
+            value = UNSAID.get(name)
         elif isinstance(value, float):
             value = 0.0 if OFF.fullmatch(name) else value
+        elif name == "image_size" and isinstance(value, (list, tuple)):
+            value = [32] * len(value)
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers:
             kinds = list(dict.fromkeys(map(str, value)))
             value = [next(v for v in value if str(v) == kind) for kind in (kinds * LAYERS)[:LAYERS]]
@@ -76,7 +83,12 @@ def config_of(kind: str) -> Any:
     """A small config of a model type; the error of the last attempt where none is valid."""
     cls = CONFIG_MAPPING[kind]
     error: Exception = RuntimeError(kind)
-    for without in ("", ".*layer_types", "(num_key_value_heads|.*head_dim)", ".*(head_dim|layer_types|rope_parameters)"):
+    for without in (
+        "",
+        ".*layer_types",
+        "(num_key_value_heads|.*head_dim)",
+        ".*(head_dim|layer_types|rope_parameters)",
+    ):
         try:
             config = cls(**shrink(cls().to_dict(), without))
         except Exception as e:  # noqa: BLE001  # each config class validates in its own way

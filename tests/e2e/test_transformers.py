@@ -485,7 +485,9 @@ def test_a_model_without_sdpa_finds_the_floats_of_eager_attention(name: str) -> 
 
 @pytest.mark.parametrize("floats", [False, True])
 def test_a_mask_that_the_model_writes_to_is_what_the_layers_read(floats: bool) -> None:
-    made = attention_mask(2, 4, 4, mask_function=hf.bidirectional_mask_function, config=_FloatsConfig() if floats else None)
+    made = attention_mask(
+        2, 4, 4, mask_function=hf.bidirectional_mask_function, config=_FloatsConfig() if floats else None
+    )
     assert isinstance(made, StructuredMask)
     if floats:
         made[:, :, :, 2:] = torch.finfo(torch.float32).min
