@@ -65,8 +65,9 @@ def _in_graph(plain: Plain, window: Window, said: Said, q: Tensor, k: Tensor, v:
     """The call as Dynamo puts it into its graph: its spec is made at trace time."""
     parts = [SlidingWindow(int(p[1]), int(p[2])) if len(p) == 3 else Mask.from_json({"kind": p[0]}) for p in plain]
     mask = functools.reduce(operator.and_, parts)
-    align, scale, softcap, dropout_p, *flags = said
-    said = (align, float(scale), float(softcap), float(dropout_p), *flags)  # a module's float may be a symbol
+    align, scale, softcap, dropout_p, deterministic, return_lse = said
+    scale, softcap, dropout_p = float(scale), float(softcap), float(dropout_p)  # a module's float may be a symbol
+    said = (align, scale, softcap, dropout_p, deterministic, return_lse)
     return attention(_spec(mask, window, said, "bias" in tensors, "sinks" in tensors), q, k, v, **tensors)
 
 

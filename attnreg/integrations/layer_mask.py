@@ -63,7 +63,7 @@ class LayerMask:
         rows = torch.arange(self.query.shape[2], device=self.query.device)
         p, j = (rows + self.skv - self.query.shape[2])[:, None], torch.arange(self.skv, device=self.query.device)
         bools = j <= p if self.mask is CAUSAL else (j == j) & (p == p)
-        if self.window != ():
+        if len(self.window) == 2:
             left, right = self.window
             bools = bools & (j >= p - left) & (j <= p + right)
         return bools

@@ -179,10 +179,10 @@ def attention_forward(
 
     attention_mask: what `attention_mask` made; a 4-D mask of the user's own, bool (True = may attend) or additive;
     or None, which means causal or full as `is_causal` or the module says. s_aux or sinks: logits that join the
-    denominator, [Hq] or, for each query, [B or 1, Hq, Sq or 1, 1]. indices: the keys that a sparse layer chose, integers
-    [B, Sq, any]. block_indices: MiniMax M3's. The second result is the weights [B, Hq, Sq, Skv] before dropout, where
-    the model returns them to its user, else None. Raises InputError for anything that would change the result and is
-    not known here, and for a mask of other sizes.
+    denominator, [Hq] or, for each query, [B or 1, Hq, Sq or 1, 1]. indices: the keys that a sparse layer chose,
+    integers [B, Sq, any]. block_indices: MiniMax M3's. The second result is the weights [B, Hq, Sq, Skv] before
+    dropout, where the model returns them to its user, else None. Raises InputError for anything that would change the
+    result and is not known here, and for a mask of other sizes.
     """
     _refuse_unknown(module, kwargs)
     skv = key.shape[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _records(recording: dict[str, Any]) -> bool:
 
 def _said_above() -> bool:
     """Whether a caller holds output_attentions=True, as the loops over layers of models without hooks do."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if NAME in code.co_varnames or "kwargs" in code.co_varnames:
@@ -86,7 +87,7 @@ def _weights(
     exact = torch.promote_types(q.dtype, torch.float32)
     batch, heads, rows, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        grouped = q.to(exact).unflatten(1, (k.shape[1], heads // k.shape[1]))
+        grouped = q.to(exact).reshape(batch, k.shape[1], heads // k.shape[1], rows, q.shape[-1])
         scores = (grouped @ k.to(exact).unsqueeze(2).mT).flatten(1, 2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -100,7 +101,8 @@ def _weights(
         # A row of -inf has no softmax: its gradients would be NaN as well.
         nothing = (scores == -torch.inf).all(-1, keepdim=True)
         probabilities = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-        return (probabilities if sinks is None else probabilities[..., :-1]).to(q.dtype)
+        shown: Tensor = probabilities if sinks is None else probabilities[..., :-1]
+        return shown.to(q.dtype)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def config_of(kind: str) -> Any:
     ):
         try:
             config = cls(**shrink(cls().to_dict(), without))
-        except Exception as e:  # noqa: BLE001  # each config class validates in its own way
+        except Exception as e:  # each config class validates in its own way
             error = e
             continue
         return config
@@ -183,7 +183,7 @@ def taken(model: nn.Module, run: Callable[[dict[str, Any]], Any] | None = None) 
     for candidate in inputs(model):
         try:
             return candidate, (run or (lambda said: model(**said)))(candidate)
-        except Exception as e:  # noqa: BLE001  # a model says in its own way that these are not its inputs
+        except Exception as e:  # a model says in its own way that these are not its inputs
             error = error or e
     raise error or RuntimeError("no inputs")
 

@@ -14,7 +14,8 @@ from attnreg.integrations.transformers import register
 
 # One of each way to use a mask, a sink, a bias, a cache or a recording; all of them are in the slow test.
 FAST = {
-    "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "git": "GitForCausalLM", "led": "LEDForConditionalGeneration",
+    "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "git": "GitForCausalLM",
+    "led": "LEDForConditionalGeneration",
     "deepseek_v4": "DeepseekV4ForCausalLM", "deepseek_v32": "DeepseekV32ForCausalLM", "hy_v4": "HYV4ForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM", "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
     "inkling2_text": "Inkling2ForCausalLM", "granite_swa": "GraniteSWAForCausalLM", "gpt_oss": "GptOssForCausalLM",
@@ -22,10 +23,12 @@ FAST = {
     "gemma3_text": "Gemma3ForCausalLM", "falcon": "FalconForCausalLM", "bloom": "BloomForCausalLM",
     "phi3": "Phi3ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mbart": "MBartForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration", "modernbert": "ModernBertForMaskedLM", "deberta-v2": "DebertaV2ForMaskedLM",
-    "electra": "ElectraForMaskedLM", "clip": "CLIPModel", "blip": "BlipForConditionalGeneration", "dinov2": "Dinov2Model",
+    "electra": "ElectraForMaskedLM", "clip": "CLIPModel", "blip": "BlipForConditionalGeneration",
+    "dinov2": "Dinov2Model",
 }  # fmt: skip
 GENERATE = [
-    "bigbird_pegasus", "deepseek_v4", "deepseek_v32", "hy_v4", "glm_moe_dsa", "minimax_m3_vl", "granite_swa", "git", "gemma3_text",
+    "bigbird_pegasus", "deepseek_v4", "deepseek_v32", "hy_v4", "glm_moe_dsa", "minimax_m3_vl", "granite_swa",
+    "git", "gemma3_text",
 ]  # fmt: skip
 
 
@@ -105,7 +108,7 @@ def differs(kind: str, name: str) -> str:
 def takes(model: nn.Module, said: dict[str, Any]) -> bool:
     try:
         run(model, said, output_attentions=True)
-    except Exception:  # noqa: BLE001  # the model on its own cannot
+    except Exception:  # the model on its own cannot
         return False
     return True
 
@@ -138,14 +141,14 @@ def test_every_architecture_that_can_be_built_means_the_same() -> None:
             own = build(kind, name)
             with torch.no_grad():
                 taken(own)
-        except Exception:  # noqa: BLE001  # not built or run without attnreg
+        except Exception:  # not built or run without attnreg
             continue
         del own
         try:
             found = differs(kind, name)
         except RuntimeError as e:
             found = "" if "random" in str(e) else repr(e)
-        except Exception as e:  # noqa: BLE001  # told below, with the others
+        except Exception as e:  # told below, with the others
             found = repr(e)
         compared += 1
         if found:

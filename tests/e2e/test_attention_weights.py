@@ -21,7 +21,8 @@ TEXT = {
 MODELS = TEXT | {
     "stablelm": "StableLmForCausalLM", "nemotron": "NemotronForCausalLM", "persimmon": "PersimmonForCausalLM",
     "mistral": "MistralForCausalLM", "inkling2_text": "Inkling2ForCausalLM", "deepseek_v4": "DeepseekV4ForCausalLM",
-    "hy_v4": "HYV4ForCausalLM", "bert": "BertForMaskedLM", "vit": "ViTModel", "siglip_vision_model": "SiglipVisionModel",
+    "hy_v4": "HYV4ForCausalLM", "bert": "BertForMaskedLM", "vit": "ViTModel",
+    "siglip_vision_model": "SiglipVisionModel",
     "clip": "CLIPModel", "t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration",
     "longt5": "LongT5ForConditionalGeneration", "whisper": "WhisperForConditionalGeneration",
     "bigbird_pegasus": "BigBirdPegasusForConditionalGeneration", "patchtst": "PatchTSTModel",
