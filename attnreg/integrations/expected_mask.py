@@ -26,7 +26,10 @@ def expected_mask(config: Any) -> Expected:
 
 def _of_type(config_class: type | None) -> Expected:
     """A model that does not say that it supports SDPA has only ever been given eager's floats, and may add them."""
-    return _looked_up(config_class) if config_class is not None else Expected.BOOLS
+    if config_class is None:
+        return Expected.BOOLS
+    module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    return Expected.BOOLS if module is None else _looked_up(config_class, module)
 
 
 # As torch.compiler.assume_constant_result says it: Dynamo calls it for real and takes the result for a constant.
@@ -34,10 +37,7 @@ _of_type._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)
-def _looked_up(config_class: type) -> Expected:
-    module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
-    if module is None:
-        return Expected.BOOLS
+def _looked_up(config_class: type, module: Any) -> Expected:
     models = [cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "_supports_sdpa")]
     own = [cls for cls in models if cls.__module__ == module.__name__]
     told = [cls for cls in own if getattr(cls, "config_class", None) is config_class] or own

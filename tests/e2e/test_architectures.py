@@ -101,7 +101,7 @@ def differs(kind: str, name: str) -> str:
     if isinstance(losses[0], int):
         return ""
     gradients = [
-        torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)
+        torch.autograd.grad(loss, [weight for weight in m.parameters() if weight.requires_grad], allow_unused=True)
         for loss, m in zip(losses, (own, ours), strict=True)
     ]
     if not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-5):
