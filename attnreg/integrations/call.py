@@ -21,20 +21,19 @@ __all__ = ["Said", "Window", "call"]
 Window = tuple[()] | tuple[int, int]
 """Keys that a query sees to its left and right, on top of the mask; empty for no bound."""
 
-Said = tuple[str, float, float, float, bool]
-"""The rest of the spec: align, scale, softcap, dropout_p, deterministic."""
+Said = tuple[str, float, float, float, bool, bool]
+"""The rest of the spec: align, scale, softcap, dropout_p, deterministic, return_lse."""
 
 Plain = tuple[tuple[str] | tuple[str, int, int], ...]
 """A conjunction of masks as plain values, which is all that Dynamo puts into a graph: kind, and a window's sizes."""
 
 
-def call(mask: Mask, window: Window, said: Said, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Tensor:
+def call(mask: Mask, window: Window, said: Said, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Any:
     """attention() of bhsd tensors; bias and sinks are meant where `tensors` has them."""
     if torch.compiler.is_dynamo_compiling():
         _open_graph_call()
         return _graph_call(_plain(mask), window, said, q, k, v, tensors)
-    out: Tensor = attention(_spec(mask, window, said, "bias" in tensors, "sinks" in tensors), q, k, v, **tensors)
-    return out
+    return attention(_spec(mask, window, said, "bias" in tensors, "sinks" in tensors), q, k, v, **tensors)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -43,7 +42,7 @@ def _spec(mask: Mask, window: Window, said: Said, bias: bool, sinks: bool) -> At
     if window:
         mask = SlidingWindow(*window) if mask == Full() else mask & SlidingWindow(*window)
     align: Any
-    align, scale, softcap, dropout_p, deterministic = said
+    align, scale, softcap, dropout_p, deterministic, return_lse = said
     return AttentionSpec(
         mask=mask,
         align=align,
@@ -53,6 +52,7 @@ def _spec(mask: Mask, window: Window, said: Said, bias: bool, sinks: bool) -> At
         sinks=sinks,
         dropout_p=dropout_p,
         deterministic=deterministic,
+        return_lse=return_lse,
     )
 
 
@@ -61,14 +61,14 @@ def _plain(mask: Mask) -> Plain:
     return tuple((p.kind, p.left, p.right) if isinstance(p, SlidingWindow) else (p.kind,) for p in parts)
 
 
-def _in_graph(plain: Plain, window: Window, said: Said, q: Tensor, k: Tensor, v: Tensor, tensors: Any) -> Tensor:
+def _in_graph(plain: Plain, window: Window, said: Said, q: Tensor, k: Tensor, v: Tensor, tensors: Any) -> Any:
     """The call as Dynamo puts it into its graph: its spec is made at trace time."""
     parts = [SlidingWindow(int(p[1]), int(p[2])) if len(p) == 3 else Mask.from_json({"kind": p[0]}) for p in plain]
     mask = functools.reduce(operator.and_, parts)
-    align, scale, softcap, dropout_p, deterministic = said
-    said = (align, float(scale), float(softcap), float(dropout_p), deterministic)  # a module's float may be a symbol
-    out: Tensor = attention(_spec(mask, window, said, "bias" in tensors, "sinks" in tensors), q, k, v, **tensors)
-    return out
+    align, scale, softcap, dropout_p, deterministic, return_lse = said
+    scale, softcap, dropout_p = float(scale), float(softcap), float(dropout_p)  # a module's float may be a symbol
+    said = (align, scale, softcap, dropout_p, deterministic, return_lse)
+    return attention(_spec(mask, window, said, "bias" in tensors, "sinks" in tensors), q, k, v, **tensors)
 
 
 _graph_call = _in_graph

@@ -1,20 +1,19 @@
-"""StructuredMask: a mask expression that stands where transformers' models expect a 4-D bool tensor."""
+"""StructuredMask: a mask expression that stands where transformers' models expect a 4-D mask."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnreg.errors import InputError
 from attnreg.masks import Coords, Dense, Full, Mask, Padding
 
-__all__ = ["StructuredMask", "check_sizes", "check_tensor"]
+__all__ = ["MaskSlice", "StructuredMask", "check_sizes", "check_tensor"]
 
 
 class _UnknownUseError(InputError, AttributeError):
@@ -25,71 +24,52 @@ class _UnknownUseError(InputError, AttributeError):
 # model that expects 0 and -inf would do to ones and zeros.
 METHODS = ("logical_not", "logical_and", "logical_or", "logical_xor", "size", "dim")
 OPERATORS = ("and", "rand", "or", "ror", "xor", "rxor", "invert", "eq", "ne")
+# What only moves, cuts or repeats values: the result is still a mask, and as careful about arithmetic.
+SHAPING = (
+    "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "transpose", "permute", "flatten", "repeat",
+    "clone", "detach", "narrow", "select", "repeat_interleave",
+)  # fmt: skip
 FUNCTIONS = frozenset(
     {
         "where", "masked_fill", "masked_fill_", "all", "any", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not",
-        "cat", "concat", "stack", "pad", "eq", "ne", "scaled_dot_product_attention",
+        "cat", "concat", "stack", "pad", "eq", "ne", "equal", "scaled_dot_product_attention",
         "__getitem__", *METHODS, *(f"__{name}__" for name in OPERATORS),
     }
 )  # fmt: skip
-REFUSED = (
+ARITHMETIC = (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow",
     "rpow", "matmul", "rmatmul", "lshift", "rlshift", "rshift", "rrshift", "lt", "le", "gt", "ge", "neg", "pos", "abs",
-    "setitem",
 )  # fmt: skip
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, eq=False)
-class StructuredMask:
-    """What the mask function hands to each layer: a mask expression with its tensors, instead of Sq x Skv bools.
+class _Mask:
+    """What stands for a mask tensor and answers as `dense` does: all that floats answer, of bools what is exact."""
 
-    query_offset: where query row 0 stands on the keys' time line; an int, or a one-element tensor where a
-    static cache keeps it on the device. device: where the bool tensor would lie.
-
-    To a model that works on the mask before its layers do, it is that bool tensor: slices of four dimensions, `&`, `|`,
-    `^`, `~`, `==` and functions such as torch.where and masked_fill give tensors. Anything else raises InputError.
-    """
-
-    mask: Mask
-    tensors: dict[str, Tensor]
-    query_offset: int | Tensor
-    shape: tuple[int, int, int, int]
-    device: torch.device = CPU
     dtype: torch.dtype = torch.bool
 
     @property
-    def ndim(self) -> int:
-        """4, as of the tensor that it stands for: transformers looks before it converts a 2-D mask."""
-        return 4
+    def dense(self) -> Tensor:
+        """The tensor that it stands for."""
+        raise NotImplementedError
 
-    def contiguous(self) -> StructuredMask:
+    def contiguous(self) -> Any:
         """Itself: generate() asks this of every mask that it makes ahead for a static cache."""
         return self
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """A slice. What has fewer dimensions a model goes on to count with (Longformer asks which are above 0)."""
-        part = self.dense[index.dense if isinstance(index, StructuredMask) else index]
-        if part.ndim != 4:
-            _refuse(f"{part.ndim} dimensions")
-        return part
+    def __getitem__(self, index: Any) -> Any:
+        """A slice, which is a mask as well."""
+        return self._still(self.dense[_plain(index)])
 
-    @property
-    def dense(self) -> Tensor:
-        """The bool tensor [B, 1, Sq, Skv] that it stands for, made when it is first asked for."""
-        return self._bools() if torch.compiler.is_dynamo_compiling() else self._kept  # it cannot enter a cache's lock
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """For floats alone: what was handed out once is the mask from then on, written to or not."""
+        if not self.dtype.is_floating_point:
+            _refuse("__setitem__")
+        self.dense[index] = value
 
-    @functools.cached_property
-    def _kept(self) -> Tensor:
-        return self._bools()
-
-    def _bools(self) -> Tensor:
-        batch, heads, rows, keys = (torch.arange(n, device=self.device) for n in self.shape)
-        b, h, i, j = batch[:, None, None, None], heads[:, None, None], rows[:, None], keys
-        offset = self.query_offset
-        p = i + (offset.to(self.device).reshape(-1) if isinstance(offset, Tensor) else offset)
-        return self.mask.allows(Coords(b, h, i, p, j, self.tensors)).expand(self.shape)
+    def _still(self, part: Tensor) -> Any:
+        return part if self.dtype.is_floating_point else MaskSlice(part)
 
     @classmethod
     def __torch_function__(
@@ -100,38 +80,141 @@ class StructuredMask:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(function, "__name__", repr(function))
-        if name not in FUNCTIONS:
+        masks = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, _Mask)]
+        bools = not all(mask.dtype.is_floating_point for mask in masks)
+        if bools and name not in FUNCTIONS and name not in SHAPING:
             _refuse(f"{name}()")
-        args, kwargs = tree_map_only(StructuredMask, lambda mask: mask.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        args, kwargs = tree_map_only(_Mask, lambda mask: mask.dense, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        return MaskSlice(result) if bools and name in SHAPING else result
 
-    def __getattr__(self, name: str) -> NoReturn:
-        _refuse(f".{name}")
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """On another device; as another type where the mask is floats, which a model's own code converts."""
+        if not self.dtype.is_floating_point and _other_type((*args, *kwargs.values())):
+            _refuse(".to")
+        return self._still(self.dense.to(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dense" or not self.dtype.is_floating_point:
+            _refuse(f".{name}")
+        return getattr(self.dense, name)
+
+
+def _other_type(said: tuple[Any, ...]) -> bool:
+    types = [x if isinstance(x, torch.dtype) else x.dtype for x in said if isinstance(x, (torch.dtype, Tensor))]
+    return any(dtype != torch.bool for dtype in types)
 
 
 def _refuse(what: str) -> NoReturn:
     raise _UnknownUseError(
         "attention_mask",
         f"the model uses {what} of its mask; attnreg hands it a mask expression, which answers as a bool tensor "
-        "for dtype, device, shape, slices of four dimensions, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and "
+        "for dtype, device, shape, slices, views, &, |, ^, ~, ==, torch.where, masked_fill, cat, pad and "
         "logical_not. Use attn_implementation='eager' for this model",
     )
 
 
 def _exact(name: str) -> Callable[..., Any]:
-    return lambda mask, *others: getattr(mask.dense, name)(
-        *(x.dense if isinstance(x, StructuredMask) else x for x in others)
-    )
+    return lambda mask, *others: getattr(mask.dense, name)(*(_plain(x) for x in others))
 
 
-def _refused(name: str) -> Callable[..., Any]:
-    return lambda mask, *others: _refuse(name)
+def _plain(x: Any) -> Any:
+    return x.dense if isinstance(x, _Mask) else x
+
+
+def _shaping(name: str) -> Callable[..., Any]:
+    return lambda mask, *args, **kwargs: mask._still(getattr(mask.dense, name)(*args, **kwargs))
+
+
+def _of_floats(name: str) -> Callable[..., Any]:
+    def answer(mask: _Mask, *others: Any) -> Any:
+        if not mask.dtype.is_floating_point:
+            _refuse(name)
+        return getattr(mask.dense, name)(*(_plain(x) for x in others))
+
+    return answer
 
 
 for _name in (*METHODS, *(f"__{name}__" for name in OPERATORS)):
-    setattr(StructuredMask, _name, _exact(_name))
-for _name in REFUSED:
-    setattr(StructuredMask, f"__{_name}__", _refused(f"__{_name}__"))
+    setattr(_Mask, _name, _exact(_name))
+for _name in SHAPING:
+    setattr(_Mask, _name, _shaping(_name))
+for _name in ARITHMETIC:
+    setattr(_Mask, f"__{_name}__", _of_floats(f"__{_name}__"))
+
+
+class MaskSlice(_Mask):
+    """A part or a view of a StructuredMask that stands for bools: a bool tensor without arithmetic."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part
+
+    @property
+    def dense(self) -> Tensor:
+        return self.part
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.part.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.part.device
+
+    @property
+    def ndim(self) -> int:
+        return self.part.ndim
+
+
+@dataclass(eq=False)
+class StructuredMask(_Mask):
+    """What the mask function hands to each layer: a mask expression with its tensors, instead of Sq x Skv values.
+
+    query_offset: where query row 0 stands on the keys' time line; an int, or a one-element tensor where a
+    static cache keeps it on the device. device: where the tensor would lie. dtype: bool (True = may attend) or, for a
+    model that expects floats that it adds to the scores, their type (0 or its lowest number).
+
+    To a model that works on the mask before its layers do, it is that tensor. Floats answer every question. Of bools it
+    gives slices and views, `&`, `|`, `^`, `~`, `==` and functions such as torch.where and masked_fill; anything else
+    raises InputError, since a model that adds its mask expects floats.
+    """
+
+    mask: Mask
+    tensors: dict[str, Tensor]
+    query_offset: int | Tensor
+    shape: tuple[int, int, int, int]
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.bool
+    handed: Tensor | None = field(default=None, init=False, repr=False)
+    """The tensor, once a model has asked for it: it may have been written to, so from then on it is the mask."""
+
+    @property
+    def ndim(self) -> int:
+        """4, as of the tensor that it stands for: transformers looks before it converts a 2-D mask."""
+        return 4
+
+    @property
+    def dense(self) -> Tensor:
+        """The tensor [B, 1, Sq, Skv] that it stands for, made when it is first asked for."""
+        if self.handed is None:
+            self.handed = self.values()
+        return self.handed
+
+    def values(self) -> Tensor:
+        """A new tensor of what it stands for."""
+        bools = self.bools()
+        if not self.dtype.is_floating_point:
+            return bools
+        lowest = torch.finfo(self.dtype).min
+        return torch.where(bools, torch.zeros((), dtype=self.dtype, device=self.device), lowest)
+
+    def bools(self) -> Tensor:
+        """Bool [B, 1, Sq, Skv], True where a query may attend."""
+        batch, heads, rows, keys = (torch.arange(n, device=self.device) for n in self.shape)
+        b, h, i, j = batch[:, None, None, None], heads[:, None, None], rows[:, None], keys
+        offset = self.query_offset
+        p = i + (offset.to(self.device).reshape(-1) if isinstance(offset, Tensor) else offset)
+        return self.mask.allows(Coords(b, h, i, p, j, self.tensors)).expand(self.shape)
 
 
 def check_sizes(made: StructuredMask, query: Tensor, skv: int) -> None:

@@ -6,6 +6,11 @@
 
 What transformers passes (causal, sliding window, padding, packed sequences, softcap, sinks, position bias, scaling,
 dropout, GQA) becomes an AttentionSpec; what is not known raises, so that nothing is dropped in silence.
+
+`output_attentions=True`, as an argument, in a config or to generate(), gives each layer's weights. They cost what the
+fast path saves: Sq x Skv values a head and layer, kept in the output, and a few such tensors in float32 while they are
+made (and for backward); the output itself is computed as ever. They are the weights before dropout, and 0 in a row with
+nothing to attend, where eager attention gives equal weights to what is masked.
 """
 
 from __future__ import annotations
@@ -19,9 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as hf
 
 from attnreg.errors import InputError, UnexpectedTensorError
-from attnreg.integrations.call import Window, call
-from attnreg.integrations.structured_mask import StructuredMask, check_sizes, check_tensor
-from attnreg.masks import Causal, Dense, Full, Mask, Padding, SlidingWindow
+from attnreg.integrations.call import call
+from attnreg.integrations.expected_mask import Expected, expected_mask
+from attnreg.integrations.layer_mask import CAUSAL, DENSE, FULL, LayerMask
+from attnreg.integrations.structured_mask import StructuredMask
+from attnreg.integrations.weights import asked_for, weights
+from attnreg.masks import Mask, Padding, SlidingWindow
 
 __all__ = ["StructuredMask", "attention_forward", "attention_mask", "register"]
 
@@ -35,13 +43,18 @@ SILENT = frozenset(
     }
 )  # fmt: skip
 
-# Made once: Dynamo knows an object of the module's own, and can make none itself.
-CAUSAL, FULL, DENSE = Causal(), Full(), Dense()
+# Models whose own attention scales its output by what the sink leaves, and gives its weights before that.
+SINK_AFTERWARDS = frozenset({"granite_swa", "granitemoe_swa"})
+
 CAUSAL_DENSE, FULL_DENSE = CAUSAL & DENSE, FULL & DENSE
 
 
 def register(name: str = "attnreg") -> None:
-    """Register attention and mask functions under `name`, for `attn_implementation=name`."""
+    """Register attention and mask functions under `name`, for `attn_implementation=name`.
+
+    `output_attentions=True` is served by plain torch beside the call: it takes time and memory in Sq x Skv a head for
+    every layer, as eager attention does. Without it no weights are formed.
+    """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
 
@@ -55,33 +68,45 @@ def attention_mask(
     mask_function: Any = hf.causal_mask_function,
     attention_mask: Any = None,
     use_vmap: bool = False,
+    config: Any = None,
     **kwargs: Any,
-) -> StructuredMask:
+) -> StructuredMask | Tensor:
     """transformers' mask interface: the mask function as a mask expression, or, where it is none, as exact bools.
 
-    attention_mask: None, or 2-D bool [batch, keys seen], True for real tokens. See `transformers.masking_utils`.
+    attention_mask: None, or 2-D bool [batch, keys seen], True for real tokens. See `transformers.masking_utils`. For
+    a model that asks whether its mask is a Tensor, the tensor that eager attention gets.
     """
     if isinstance(attention_mask, StructuredMask):
         return attention_mask
-    shape = (batch_size, 1, q_length, kv_length)
-    device = torch.device(kwargs.get("device", "cpu"))
-    offset = q_offset - kv_offset
+    expected = expected_mask(config)
+    dtype = torch.bool if expected is Expected.BOOLS else kwargs.get("dtype", torch.float32)
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    mask, tensors = _meaning(sizes, mask_function, attention_mask, use_vmap, kwargs)
+    shape, device = (batch_size, 1, q_length, kv_length), torch.device(kwargs.get("device", "cpu"))
+    made = StructuredMask(mask, tensors, q_offset - kv_offset, shape, device, dtype)
+    return made.values() if expected is Expected.TENSOR else made
+
+
+def _meaning(
+    sizes: tuple[Any, ...], mask_function: Any, attention_mask: Any, use_vmap: bool, kwargs: dict[str, Any]
+) -> tuple[Mask, dict[str, Tensor]]:
+    """The mask expression and its tensors."""
+    kv_length, kv_offset = sizes[2], sizes[4]
     expression = _expression(mask_function) if not use_vmap else None
     if expression is None:
         whole = kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": use_vmap}
         make: Any = hf.sdpa_mask  # annotated int there, but a static cache's offset is a tensor
-        dense = make(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **whole)
-        return StructuredMask(DENSE, {"attn_mask": dense}, offset, shape, device)
+        return DENSE, {"attn_mask": make(*sizes, mask_function, attention_mask, **whole)}
     padding = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is None:
-        return StructuredMask(expression, {}, offset, shape, device)
+        return expression, {}
     real = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     lengths = _right_padded(real)
     if lengths is None:
-        return StructuredMask(_and_dense(expression), {"attn_mask": real[:, None, None, :]}, offset, shape, device)
+        return _and_dense(expression), {"attn_mask": real[:, None, None, :]}
     if bool((lengths == kv_length).all()):
-        return StructuredMask(expression, {}, offset, shape, device)
-    return StructuredMask(expression & Padding(), {"kv_lengths": lengths}, offset, shape, device)
+        return expression, {}
+    return expression & Padding(), {"kv_lengths": lengths}
 
 
 def _right_padded(real: Tensor) -> Tensor | None:
@@ -144,82 +169,70 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     deterministic: bool | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] to [B, Sq, Hq, Dv].
 
     attention_mask: what `attention_mask` made; a 4-D mask of the user's own, bool (True = may attend) or additive;
-    or None, which means causal or full as `is_causal` or the module says. Raises InputError for anything that
-    would change the result and is not known here, attention weights among them, and for a mask of other sizes.
+    or None, which means causal or full as `is_causal` or the module says. s_aux or sinks: logits that join the
+    denominator, [Hq] or, for each query, [B or 1, Hq, Sq or 1, 1]. indices: the keys that a sparse layer chose,
+    integers [B, Sq, any]. block_indices: MiniMax M3's. The second result is the weights [B, Hq, Sq, Skv] before
+    dropout, where the model returns them to its user, else None. Raises InputError for anything that would change the
+    result and is not known here, and for a mask of other sizes.
     """
     _refuse_unknown(module, kwargs)
-    sq, skv = query.shape[2], key.shape[2]
-    tensors: dict[str, Any] = {}
-    window: Window = ()
-    align = "bottom_right"
-    if attention_mask is None:
-        mask, window = _bare_mask(module, is_causal, sliding_window, sq, skv)
-    elif isinstance(attention_mask, StructuredMask):
-        check_sizes(attention_mask, query, skv)
-        mask, align = attention_mask.mask, _align(attention_mask, sq, skv, tensors, query)
-        tensors |= attention_mask.tensors
-    else:
-        check_tensor(attention_mask, query, skv)
-        given = attention_mask[..., :skv]
-        if given.dtype == torch.bool:
-            mask, tensors["attn_mask"] = DENSE, given
-        else:
-            mask, position_bias = FULL, given if position_bias is None else position_bias + given
+    skv = key.shape[2]
+    read = LayerMask(attention_mask, module, query, skv, is_causal, sliding_window)
+    if indices is not None:
+        read.only_keys(indices)
+    if block_indices is not None:
+        read.only_blocks(module, block_indices, kwargs.get("position_ids"))
+    tensors = read.tensors
+    if read.added is not None:
+        position_bias = read.added if position_bias is None else position_bias + read.added
     if position_bias is not None:
         tensors["bias"] = position_bias.to(query.dtype)
-    if s_aux is not None:
-        tensors["sinks"] = s_aux
+    sink = _sink(s_aux, sinks, query)
+    each_query = sink is not None and sink.ndim == 4
+    if sink is not None and not each_query:
+        tensors["sinks"] = sink
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    said = (align, scale, softcap or 0.0, dropout or 0.0, bool(deterministic))
-    out = call(mask, window, said, query, key, value, tensors)
-    return out.transpose(1, 2).contiguous(), None
+    said = (read.align, scale, softcap or 0.0, dropout or 0.0, bool(deterministic), each_query)
+    out = call(read.mask, read.window, said, query, key, value, tensors)
+    if sink is not None and each_query:
+        out, lse = out
+        # The share of the softmax that the sink leaves: exp(lse) / (exp(lse) + exp(sink)).
+        out = out * torch.sigmoid(lse - sink.squeeze(-1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+    shown = None
+    if asked_for(module, output_attentions):
+        counted = None if _kind(module) in SINK_AFTERWARDS else sink
+        shown = weights(query, key, read.allowed(), tensors.get("bias"), counted, scale, softcap or 0.0)
+    return out.transpose(1, 2).contiguous(), shown
 
 
-def _align(made: StructuredMask, sq: int, skv: int, tensors: dict[str, Any], query: Tensor) -> str:
-    """How the spec says the offset: bottom_right counts from kv_lengths, so a padded pass says top_left."""
-    offset = made.query_offset
-    if not isinstance(offset, Tensor):
-        if "kv_lengths" not in made.tensors and offset == skv - sq:
-            return "bottom_right"
-        if offset == 0:
-            return "top_left"
-        tensors["query_offset"] = torch.full((query.shape[0],), offset, device=query.device)
-    else:
-        tensors["query_offset"] = offset.to(query.device).reshape(-1).expand(query.shape[0]).contiguous()
-    return "offset"
+def _kind(module: nn.Module) -> Any:
+    return getattr(getattr(module, "config", None), "model_type", None)
 
 
-def _bare_mask(module: nn.Module, is_causal: bool | None, window: int | None, sq: int, skv: int) -> tuple[Mask, Window]:
-    """The mask where transformers passes none: the argument says, else the module does; a guess would be silent."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", None)
-    if causal is None:
-        raise InputError(
-            "attention_mask",
-            f"None, and neither is_causal nor {type(module).__name__}.is_causal says whether that means causal or full",
-        )
-    if not causal:
-        return FULL, () if window is None else (window, window)
-    if 1 < sq != skv:
-        raise InputError(
-            "attention_mask",
-            f"None for causal attention of {sq} queries on {skv} keys: where the queries stand is not said",
-        )
-    if window is not None and window < 1:
-        raise InputError(
-            "sliding_window",
-            f"{window} for causal attention without a mask: no keys, or no window at all? Pass None for no window",
-        )
-    return CAUSAL, () if window is None else (window - 1, 0)
+def _sink(s_aux: Tensor | None, sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    if s_aux is not None and sinks is not None:
+        raise InputError("sinks", "given beside s_aux, which is another name for the same")
+    sink = s_aux if s_aux is not None else sinks
+    if sink is None or sink.ndim == 1:
+        return sink
+    name = "s_aux" if s_aux is not None else "sinks"
+    batch, heads, rows, _ = query.shape
+    wanted = zip(sink.shape, (batch, heads, rows, 1), strict=False)
+    if sink.ndim != 4 or sink.shape[1] != heads or any(have not in (size, 1) for have, size in wanted):
+        raise InputError(name, f"expected [{heads}] or [{batch} or 1, {heads}, {rows} or 1, 1], got {list(sink.shape)}")
+    return sink
 
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("output_attentions", None):
-        raise InputError("output_attentions", "attnreg never forms attention weights; use attn_implementation='eager'")
     for name, value in kwargs.items():
         if name not in SILENT and value is not None and value is not False:
             raise UnexpectedTensorError(

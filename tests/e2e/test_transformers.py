@@ -216,7 +216,6 @@ def test_masks_stay_structured_where_the_pattern_is_known() -> None:
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"output_attentions": True}, "output_attentions"),
         ({"head_mask": torch.ones(4)}, "head_mask"),
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens_q"),
         ({"something_new": 3}, "something_new"),
@@ -438,8 +437,15 @@ def test_a_compiled_layer_without_a_mask_takes_what_it_is_told(specs: list[Atten
         assert {spec.mask for spec in specs} == {mask}
 
 
-def test_a_model_that_counts_with_its_mask_is_refused() -> None:
+def test_a_model_that_counts_with_its_mask_gets_what_eager_attention_gets() -> None:
     """Longformer takes two dimensions off the mask and asks what is above and below 0, which a bool answers wrongly."""
-    ids = tokens(2, 18)
-    with pytest.raises(errors.InputError, match="attention_mask: the model uses 2 dimensions of its mask"):
-        longformer()(input_ids=ids, attention_mask=padding("right", 2, 18))
+    torch.manual_seed(0)
+    ours = longformer().eval()
+    own = transformers.LongformerModel._from_config(ours.config, attn_implementation="eager").eval()
+    own.load_state_dict(ours.state_dict())
+    ids, real = tokens(2, 18), padding("right", 2, 18)
+    everywhere = torch.zeros_like(ids)
+    everywhere[:, 0] = 1
+    for said in ({}, {"global_attention_mask": everywhere}):
+        a, b = (model(input_ids=ids, attention_mask=real, **said).last_hidden_state for model in (own, ours))
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)

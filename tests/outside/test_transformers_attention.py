@@ -228,3 +228,29 @@ def test_longformer_module(tokens: tuple[int, ...]) -> None:
     out = wanted.view(2, 40, 2, 8).transpose(1, 2)
     agree(out, S(mask=M.longformer(8, tokens)), q, k, v, tol=1e-6)
     agree(out, S(mask=M.longformer(8)), q, k, v, tol=1e-6, global_mask=flags > 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "gemma2", "t5", "gpt_oss", "granite_swa", "inkling2"])
+def test_the_adapters_weights_and_output_are_those_of_the_models_own_function(name: str) -> None:
+    from attnreg.integrations.transformers import attention_forward, attention_mask
+
+    torch.manual_seed(40)
+    q, k, v = qkv(40, q_heads=4, kv_heads=4, sq=7, skv=11)
+    sinks = torch.randn(4, dtype=torch.float64)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.head_dim, layer.sinks = 1, 16, sinks
+    layer.config = SimpleNamespace(model_type=name)
+    layer.eval()
+    extra: dict[str, Any] = {"scaling": 0.3}
+    if name == "gemma2":
+        extra["softcap"] = 1.5
+    if name in ("t5", "inkling2"):
+        extra["position_bias"] = torch.randn(1, 4, 7, 11, dtype=torch.float64)
+    if name == "inkling2":
+        extra["sinks"] = torch.randn(2, 4, 7, 1, dtype=torch.float64)
+    wanted, shown = model(name).eager_attention_forward(layer, q, k, v, additive(causal(7, 11))[None, None], **extra)
+    if name in ("gpt_oss", "granite_swa"):
+        extra["s_aux"] = sinks
+    out, weights = attention_forward(layer, q, k, v, attention_mask(2, 7, 11, 4), output_attentions=True, **extra)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)  # some take their softmax in float32
+    torch.testing.assert_close(weights, shown, rtol=1e-5, atol=1e-6)
