@@ -30,18 +30,22 @@ class Differentiable:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         rest = {name: x for name, x in tensors.items() if name not in NAMED}
-        out, lse = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in NAMED))  # type: ignore[no-untyped-call]
+        out, lse, _ = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in NAMED))  # type: ignore[no-untyped-call]
         return (out, lse) if self.forward.return_lse else out
 
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """(out, lse), without autograd; the backward pass reads both."""
-        return self.forward.compute(q, k, v, tensors, with_lse=True)
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, lse, lse_low), without autograd; the backward pass reads all three.
+
+        float32 keeps little of log(sum) where a row's maximum is large, and nothing at the lowest numbers, which
+        padding masks hold; lse_low is what is missing. lse alone would make each weight of such a row 1.
+        """
+        return self.forward.compute_for_gradients(q, k, v, tensors)
 
     def backward(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
-        results: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor],
         upstream: tuple[Tensor, Tensor | None],
         wanted: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
@@ -63,23 +67,23 @@ class Differentiable:
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
-        results: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor],
         d_out: Tensor,
         d_lse: Tensor | None,
         wanted: tuple[bool, ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """dq, dk, dv, and where wanted, as float32 sums, of bias [B, Hq, Sq, Skv] and weight [shares, B, Hq, D]."""
-        (q, k, v), (out, lse) = (dense_rows(x) for x in inputs), results
+        (q, k, v), (out, lse, lse_low) = (dense_rows(x) for x in inputs), results
         forward = self.forward
         batch, skv = forward.sizes(q, k, tensors)
         kv_heads = k.shape[1] if forward.layout != "bshd" else k.shape[2]
-        d_out = dense_rows(d_out)
+        d_out, lse, lse_low = dense_rows(d_out), lse.contiguous(), lse_low.contiguous()
         # Packed rows of no sequence are never written.
         d_q = (q.new_zeros if forward.layout == "thd" else q.new_empty)(q.shape)
         shares = shares_of(batch * kv_heads, thread_count())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = d_weight = None
-        more: dict[str, int] = {"splits": shares}
+        more: dict[str, int] = {"splits": shares, "lse_low": lse_low.data_ptr()}
         if wanted[NAMED.index("score_weight")]:
             d_weight = _sums(q.new_empty(batch, lse.shape[-2], q.shape[-1]), shares)
             more |= {"d_weight": d_weight.data_ptr(), "d_weight_row": d_weight.stride(-2)}
@@ -123,21 +127,21 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         *own: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         named = {**tensors, **_given(own)}
-        out, lse = call.compute(q, k, v, named)
-        assert lse is not None
+        out, lse, lse_low = call.compute(q, k, v, named)
+        ctx.mark_non_differentiable(lse_low)
         ctx.call = call
         # Saved, all tensors are watched: one that is overwritten before the backward pass is torch's error.
         ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
         ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
-        ctx.save_for_backward(q, k, v, out, lse, *own, *(tensors[name] for name in ctx.names))
+        ctx.save_for_backward(q, k, v, out, lse, lse_low, *own, *(tensors[name] for name in ctx.names))
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse, lse_low
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, lse_low, *saved = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * len(ctx.needs_input_grad)
         if d_out is None:
@@ -145,7 +149,7 @@ class _Attention(torch.autograd.Function):
         own, rest = saved[: len(NAMED)], saved[len(NAMED) :]
         named = {**ctx.rest, **dict(zip(ctx.names, rest, strict=True)), **_given(own)}
         wanted = ctx.needs_input_grad[-len(NAMED) :]
-        found = _Gradients.apply(ctx.call, named, wanted, q, k, v, out, lse, d_out, d_lse)  # type: ignore[no-untyped-call]
+        found = _Gradients.apply(ctx.call, named, wanted, q, k, v, out, lse, lse_low, d_out, d_lse)  # type: ignore[no-untyped-call]
         return None, None, *found
 
 
@@ -158,8 +162,8 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Differentiable, named: dict[str, Any], wanted: tuple[bool, ...], *x: Any) -> Any:
-        q, k, v, out, lse, d_out, d_lse = x
-        return call.backward((q, k, v), named, (out, lse), (d_out, d_lse), wanted)
+        q, k, v, out, lse, lse_low, d_out, d_lse = x
+        return call.backward((q, k, v), named, (out, lse, lse_low), (d_out, d_lse), wanted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -197,13 +201,15 @@ def _bias_size(q: Tensor, skv: int, tensors: Mapping[str, Any], layout: str) -> 
     return longest(tensors, "q"), skv if paged else longest(tensors, "k")
 
 
-def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str) -> Tensor:
+def _sink_gradient(
+    sinks: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str
+) -> Tensor:
     """The sink joins the denominator only: its weight times (d_lse - out . d_out), summed over rows and batch."""
     change = -(out.float() * d_out.float()).sum(-1)
     if layout != "bhsd":
         change = change.transpose(-1, -2)
     if d_lse is not None:
         change = change + d_lse
-    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float().view(-1, 1) - lse))
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp((sinks.float().view(-1, 1) - lse) - lse_low))
     total = weight * change
     return (total.sum((0, 2)) if total.dim() == 3 else total.sum(1)).to(sinks.dtype)

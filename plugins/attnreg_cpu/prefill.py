@@ -55,17 +55,27 @@ class Forward:
         out, lse = self.compute(q, k, v, tensors)
         return (out, lse) if self.return_lse else out
 
-    def compute(
-        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], with_lse: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """(out, lse or None: where neither the problem nor the caller asks for it)."""
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """(out, lse or None: where the problem does not ask for it)."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-        out = q.new_empty(*q.shape[:-1], self._head_dim_v)
-        lse = None
-        if with_lse or self.return_lse:
-            lse = q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
+        out, lse = self._out_like(q), self._lse_like(q) if self.return_lse else None
         self.launch(self._kernel, (q, k, v), out, lse, tensors, {})
         return out, lse
+
+    def compute_for_gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, lse, what lse's rounding left, of its shape)."""
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        out, lse, lse_low = self._out_like(q), self._lse_like(q), self._lse_like(q)
+        self.launch(self._kernel, (q, k, v), out, lse, tensors, {"lse_low": lse_low.data_ptr()})
+        return out, lse, lse_low
+
+    def _out_like(self, q: Tensor) -> Tensor:
+        return q.new_empty(*q.shape[:-1], self._head_dim_v)
+
+    def _lse_like(self, q: Tensor) -> Tensor:
+        return q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
 
     def launch(
         self,

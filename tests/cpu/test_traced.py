@@ -91,25 +91,48 @@ def test_a_decode_step_in_a_compiled_graph() -> None:
             torch.testing.assert_close(step(q, k, v), attnreg.attention(spec, q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def test_operators_keep_their_promises_to_torch() -> None:
-    """Schema, shapes under tracing, and autograd, as torch's own checker sees them."""
+def traced_call(spec: AttentionSpec) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """q, k and v that need gradients, and what else a compiled call of them gives the operator."""
     from attnreg_cpu import traced
 
-    spec = AttentionSpec(mask=CAUSAL, return_lse=True)
     seen: list[tuple[Any, ...]] = []
-    whole = traced._attend
+    whole = traced._attend_for_gradients
 
     def note(*arguments: Any) -> Any:
         seen.append(arguments)
         return whole(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, attnreg.use_backend("cpu"):
-        patch.setattr(traced, "_attend", note)
+        patch.setattr(traced, "_attend_for_gradients", note)
         torch._dynamo.reset()
         leaves = [x.requires_grad_() for x in inputs(spec)]
         torch.compile(lambda q, k, v: attnreg.attention(spec, q, k, v), fullgraph=True, backend="eager")(*leaves)
-    arguments = (*leaves, *seen[-1][3:])
+    return leaves, seen[-1][3:]
+
+
+def test_operators_keep_their_promises_to_torch() -> None:
+    """Schema, shapes under tracing, and autograd, as torch's own checker sees them."""
+    leaves, rest = traced_call(AttentionSpec(mask=CAUSAL, return_lse=True))
+    arguments = (*leaves, *rest)
+    torch.library.opcheck(torch.ops.attnreg_cpu.forward_for_gradients.default, arguments)
     torch.library.opcheck(torch.ops.attnreg_cpu.forward.default, arguments)
+
+
+def test_a_graph_saved_when_lse_had_no_second_word_still_runs() -> None:
+    """Both operators as such a graph calls them: two results of the first, and no second word for the other."""
+    leaves, rest = traced_call(AttentionSpec())
+    new, lse, low = torch.ops.attnreg_cpu.forward_for_gradients(*leaves, *rest)
+    out, same = torch.ops.attnreg_cpu.forward(*leaves, *rest)
+    torch.testing.assert_close((out, same), (new, lse), rtol=0, atol=0)
+    want = torch.autograd.grad(new.sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), want, rtol=1e-5, atol=1e-6)
+    *named, problem, config = rest
+    upstream = (out.detach(), lse.detach(), torch.ones_like(out), None, problem, config, [True] * 3 + [False] * 3)
+    plain = [x.detach() for x in leaves]
+    old = torch.ops.attnreg_cpu.backward(*plain, *named, *upstream)
+    torch.testing.assert_close(old[:3], want, rtol=1e-5, atol=1e-6)
+    exact = torch.ops.attnreg_cpu.backward(*plain, *named, *upstream, low)
+    torch.testing.assert_close(exact[:3], want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["window", "bias_sinks_lse", "bigbird"])
