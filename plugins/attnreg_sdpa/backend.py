@@ -48,6 +48,12 @@ class Sdpa:
             out.append("layout 'thd' under a trace: splitting the packed sequences reads the values of cu_seqlens")
         if problem.traced and isinstance(spec.sparsity, sparsity.BigBird) and spec.sparsity.random_blocks:
             out.append("sparsity BigBird under a trace: its random blocks are drawn on the host")
+        if problem.traced and problem.needs_grad and (spec.bias or spec.alibi):
+            name = "bias" if spec.bias else "ALiBi"
+            out.append(
+                f"gradients with {name} under a trace: the backward of torch's kernels makes weights of a rounded lse, "
+                "which holds nothing of a row whose values are all at the lowest numbers, and a trace reads none"
+            )
         if spec.deterministic and problem.needs_grad and not on_cpu:
             out.append("deterministic: the backward of torch's GPU kernels adds atomically and does not repeat")
         return out + _memory(problem, hardware)
@@ -127,6 +133,10 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
             return ("flash",)
         # Dropout and a gradient of the mask exist in torch's math path only, which "auto" then takes.
         return ("auto",) if spec.dropout_p or _added(problem) else ("auto", "flash", "math")
+    if problem.needs_grad and (spec.bias or spec.alibi):
+        # The others make weights of a rounded lse in the backward pass: of a row whose bias is everywhere at the lowest
+        # numbers it holds nothing but them, and each weight would be 1.
+        return ("math",)
     half = problem.dtype in HALF and problem.kv_dtype == problem.dtype
     if half and masked and problem.needs_grad:
         # Where torch chooses, gradients beside a dense mask came out NaN on an H200 (torch 2.11): all of dq at 448 and
