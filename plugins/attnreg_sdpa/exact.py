@@ -68,11 +68,14 @@ def attend(
             scores = scores.float().double()
         any_key = allowed.any(-1, keepdim=True)
         # A row without a key attends all of them here, so that its softmax has a gradient, and is cut below.
-        lse = scores.masked_fill(~allowed & any_key, -math.inf).logsumexp(-1, keepdim=True)
+        reached = scores.masked_fill(~allowed & any_key, -math.inf)
+        # The maximum and the log of the sum stay apart: at the lowest float32 number even float64 adds nothing to it.
+        top = reached.detach().amax(-1, keepdim=True) if skv else reached.new_zeros(*reached.shape[:-1], 1)
+        log_sum = (reached - top).logsumexp(-1, keepdim=True)
         # Both fills, before and after the exponential, keep inf * 0 out of the gradient.
-        p = torch.where(allowed, (scores.masked_fill(~allowed, -math.inf) - lse).exp(), 0.0)
+        p = torch.where(allowed, (scores.masked_fill(~allowed, -math.inf) - top - log_sum).exp(), 0.0)
         outs.append(p @ values)
-        lses.append(torch.where(any_key, lse, -math.inf).squeeze(-1))
+        lses.append(torch.where(any_key, top + log_sum, -math.inf).squeeze(-1))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
