@@ -48,10 +48,9 @@ class Sdpa:
             out.append("layout 'thd' under a trace: splitting the packed sequences reads the values of cu_seqlens")
         if problem.traced and isinstance(spec.sparsity, sparsity.BigBird) and spec.sparsity.random_blocks:
             out.append("sparsity BigBird under a trace: its random blocks are drawn on the host")
-        if problem.traced and problem.needs_grad and (spec.bias or spec.alibi):
-            name = "bias" if spec.bias else "ALiBi"
+        if problem.traced and problem.needs_grad and spec.bias:
             out.append(
-                f"gradients with {name} under a trace: the backward of torch's kernels makes weights of a rounded lse, "
+                "gradients with a bias under a trace: the backward of torch's kernels makes weights of a rounded lse, "
                 "which holds nothing of a row whose values are all at the lowest numbers, and a trace reads none"
             )
         if spec.deterministic and problem.needs_grad and not on_cpu:
@@ -133,7 +132,7 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
             return ("flash",)
         # Dropout and a gradient of the mask exist in torch's math path only, which "auto" then takes.
         return ("auto",) if spec.dropout_p or _added(problem) else ("auto", "flash", "math")
-    if problem.needs_grad and (spec.bias or spec.alibi):
+    if problem.needs_grad and spec.bias:
         # The others make weights of a rounded lse in the backward pass: of a row whose bias is everywhere at the lowest
         # numbers it holds nothing but them, and each weight would be 1.
         return ("math",)
