@@ -282,3 +282,21 @@ def remembers_keys(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[st
     """Keeps a copy of k by its address: other keys at the same place are not seen."""
     old = _seen.setdefault((k.data_ptr(), k.shape, k.dtype), k.detach().clone())
     return right(q, k + (old - k).detach(), v, **tensors)
+
+
+class _TimesKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, times: Tensor) -> Tensor:
+        ctx.save_for_backward(times)
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0].to(grad.dtype), None
+
+
+def rounded_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """The backward makes weights of lse in float32: where it holds the lowest number alone, each of them is 1."""
+    out, rest = _split(right(q, k, v, **tensors))
+    far = tensors["bias"].detach().amax(-1, keepdim=True) < -1e30
+    return _join(_TimesKeys.apply(out, torch.where(far, float(k.shape[2]), 1.0)), rest)
