@@ -6,6 +6,7 @@ rest is exact. q and k are small integers and the scale is a power of 2, so ever
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ def _spec(**fields: Any) -> AttentionSpec:
 
 
 CAUSAL = masks.Causal()
+HALF = {"float32": 1.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""What one rounding of the result costs, but for float32."""
 ROWS: dict[str, Row] = {
     "plain": Row(),
     "lse": Row(_spec(return_lse=True)),
@@ -82,7 +85,8 @@ def make(row: Row, value: float) -> Call:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     elif spec.layout == "thd":
         bounds = ([0, SQ, 2 * SQ - 6], [0, SKV, 2 * SKV - 6])
-        q, k, v = (x.transpose(1, 2).flatten(0, 1)[: n[-1]] for x, n in ((q, bounds[0]), (k, bounds[1]), (v, bounds[1])))
+        ends = (bounds[0][-1], bounds[1][-1], bounds[1][-1])
+        q, k, v = (x.transpose(1, 2).flatten(0, 1)[:end] for x, end in zip((q, k, v), ends, strict=True))
     bias = bias_of(row, max(value, torch.finfo(getattr(torch, row.bias_dtype)).min))
     leaves = {"q": q, "k": k, "v": v}
     tensors: dict[str, Any] = {"bias": bias.to(getattr(torch, row.bias_dtype))}
@@ -120,7 +124,7 @@ def bias_of(row: Row, value: float) -> Tensor:
 def exact(call: Call) -> tuple[Tensor, Tensor]:
     """out in the call's layout and lse [B, Hq, Sq] or [Hq, T], float64, functions of the leaves."""
     spec, t = call.spec, call.tensors
-    q, k, v = (call.leaves[n].double() for n in "qkv")
+    q, k, v = (call.leaves[n].double() for n in ("q", "k", "v"))
     if spec.layout != "thd":
         if spec.layout == "bshd":
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -128,7 +132,7 @@ def exact(call: Call) -> tuple[Tensor, Tensor]:
         out, lse = (torch.stack(x) for x in zip(*each, strict=True))
         return (out.transpose(1, 2) if spec.layout == "bshd" else out), lse
     each = []
-    for b, (q_at, k_at) in enumerate(zip(*(list(zip(x, x[1:], strict=False)) for x in call.bounds), strict=True)):
+    for b, (q_at, k_at) in enumerate(zip(*(list(itertools.pairwise(x)) for x in call.bounds), strict=True)):
         rows, keys, values = (x[slice(*at)].transpose(0, 1) for x, at in ((q, q_at), (k, k_at), (v, k_at)))
         each.append(_sequence(spec, rows, keys, values, t, b))
     return torch.cat([out.transpose(0, 1) for out, _ in each]), torch.cat([lse for _, lse in each], 1)
@@ -141,7 +145,7 @@ def _sequence(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, t: dict[str,
     length = int(t["kv_lengths"][b]) if "kv_lengths" in t else skv
     at = torch.arange(sq)[:, None] + (0 if spec.align == "top_left" else length - sq)
     keys = torch.arange(skv)[None, :]
-    allowed = (keys < length) & ((keys <= at) if "causal" in spec.model_dump_json() else True)
+    allowed = (keys < length) & ((keys <= at) if CAUSAL in masks.walk(spec.mask) else True)
     s = (q @ k.mT) * DIM**-0.5
     if spec.softcap:
         s = spec.softcap * torch.tanh(s / spec.softcap)
@@ -152,7 +156,8 @@ def _sequence(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, t: dict[str,
     s = torch.where(allowed, s, 0.0).float().double()
     s = torch.where(allowed, s, -torch.inf)
     v = torch.cat([v, v.new_zeros(q.shape[0], 1, v.shape[2])], 1)
-    sinks = t["sinks"].double()[:, None, None].expand(-1, sq, 1) if spec.sinks else s.new_full((q.shape[0], sq, 1), -torch.inf)
+    none = s.new_full((q.shape[0], sq, 1), -torch.inf)
+    sinks = t["sinks"].double()[:, None, None].expand(-1, sq, 1) if spec.sinks else none
     s = torch.cat([s, sinks], -1)
     top = s.detach().amax(-1, keepdim=True)
     shifted = s - torch.where(top == -torch.inf, 0.0, top)
@@ -162,3 +167,29 @@ def _sequence(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, t: dict[str,
     safe = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -torch.inf, top + torch.log(safe)).squeeze(-1)
     return torch.where(empty, 0.0, weights / safe) @ v, lse
+
+
+def upstream(x: Tensor, seed: int) -> Tensor:
+    return torch.randint(-2, 3, x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
+
+
+def check(run: Any, row: Row, value: float) -> None:
+    """out, lse, and the gradients of every leaf through both, against float64."""
+    call = make(row, value)
+    wanted = exact(call)[: 1 + row.spec.return_lse]
+    given = run(call)
+    found = given if isinstance(given, tuple) else (given,)
+    finite = [torch.where(x.isfinite(), x, 0.0) for x in wanted]
+    weights = [upstream(x, n) for n, x in enumerate(wanted)]
+    want = torch.autograd.grad(finite, list(call.leaves.values()), weights)
+    some = [torch.where(x.isfinite(), x, 0.0) for x in found]
+    mine = [w.to(x.dtype) for w, x in zip(weights, found, strict=True)]
+    got = torch.autograd.grad(some, list(call.leaves.values()), mine)
+    named = [("out", found[0], wanted[0]), *zip(call.leaves, got, want, strict=True)]
+    for name, there, right in named:
+        unit = max(float(right.abs().max()), 1.0)
+        bound = (3e-5 if row.dtype == "float32" else 4 * HALF[row.dtype]) * unit
+        error = float((there.double() - right).abs().max())
+        assert error <= bound, f"{name}: {error:.3g} above {bound:.3g}"
+    if row.spec.return_lse:
+        torch.testing.assert_close(found[1].double(), wanted[1], rtol=2e-7, atol=4e-6)

@@ -11,50 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from far_rows import LOWEST, ROWS, VALUES, Call, Row, exact, make
-from torch import Tensor
+from far_rows import LOWEST, ROWS, VALUES, Call, check, make
 
 import attnreg
 from attnreg import AttentionSpec, errors, masks
 from attnreg_cpu import build
 
-HALF = {"float32": 1.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""What one rounding of the result costs, but for float32."""
 TRAINS = ("cpu", "sdpa", "eager")
-LACKS = {
+LACKS: dict[str, set[str]] = {
     # The kernel that returns the lse has no gradient of the bias.
     "sdpa": {"causal_lse_bias", "far_sinks", "softcap_alibi"},
     "cpu": set(),
     "eager": set(),
 }
-
-
-def upstream(x: Tensor, seed: int) -> Tensor:
-    return torch.randint(-2, 3, x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
-
-
-def results(call: Call, given: Any) -> tuple[Tensor, ...]:
-    return given if isinstance(given, tuple) else (given,)
-
-
-def check(run: Any, row: Row, value: float) -> None:
-    """out, lse, and the gradients of every leaf through both, against float64."""
-    call = make(row, value)
-    wanted = exact(call)[: 1 + row.spec.return_lse]
-    found = results(call, run(call))
-    finite = [torch.where(x.isfinite(), x, 0.0) for x in wanted]
-    weights = [upstream(x, n) for n, x in enumerate(wanted)]
-    want = torch.autograd.grad(finite, list(call.leaves.values()), weights)
-    some = [torch.where(x.isfinite(), x, 0.0) for x in found]
-    got = torch.autograd.grad(some, list(call.leaves.values()), [w.to(x.dtype) for w, x in zip(weights, found, strict=True)])
-    named = [("out", found[0], wanted[0]), *zip(call.leaves, got, want, strict=True)]
-    for name, mine, right in named:
-        unit = max(float(right.abs().max()), 1.0)
-        bound = (3e-5 if row.dtype == "float32" else 4 * HALF[row.dtype]) * unit
-        error = float((mine.double() - right).abs().max())
-        assert error <= bound, f"{name}: {error:.3g} above {bound:.3g}"
-    if row.spec.return_lse:
-        torch.testing.assert_close(found[1].double(), wanted[1], rtol=2e-7, atol=4e-6)
 
 
 def by(backend: str) -> Any:
