@@ -171,7 +171,7 @@ def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
     size = sizes(plan, inputs)
     out, lse = output_like(plan, inputs, size)
     low = low_like(inputs, lse) if problem.needs_grad else None
-    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, size, lse), low)
+    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, inputs, size, lse), low)
     if problem.needs_grad:
         grads = problem.grads
         dq = torch.empty_like(inputs.q) if "q" in grads else None

@@ -212,4 +212,6 @@ def forward_kernel(
     tl.store(lse_pointers, natural, mask=valid)
     if lse.low is not None:
         low_pointers = row_pointers(low_of(lse), sequence, row_index.query, row_index.head)
+        if SPLITS:
+            low_pointers += split.to(tl.int64) * partial_rows
         tl.store(low_pointers, low_word(maximum, total, natural), mask=valid)

@@ -57,12 +57,18 @@ def low_like(inputs: Inputs, lse: Tensor) -> Tensor | None:
     return torch.zeros_like(lse) if natural(inputs) else None
 
 
-def partials_like(plan: Plan, size: Sizes, lse: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Storage for the results of each split, float32: [splits, *lse's shape, Dv] and [splits, *lse's shape]."""
+Partials = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def partials_like(plan: Plan, inputs: Inputs, size: Sizes, lse: Tensor) -> Partials | None:
+    """Storage for the results of each split, float32: out [splits, *lse's shape, Dv], lse [splits, *lse's shape], and
+    of that shape what the rounding of lse leaves, by which splits of far scores are weighed (else None).
+    """
     if plan.splits == 1:
         return None
     shape = (plan.splits, *lse.shape)
-    return lse.new_empty((*shape, size.value_dim)), lse.new_empty(shape)
+    low = lse.new_empty(shape) if natural(inputs) else None
+    return lse.new_empty((*shape, size.value_dim)), lse.new_empty(shape), low
 
 
 def forward_launches(
@@ -70,7 +76,7 @@ def forward_launches(
     inputs: Inputs,
     out: Tensor,
     lse: Tensor,
-    partials: tuple[Tensor, Tensor] | None,
+    partials: Partials | None,
     low: Tensor | None = None,
 ) -> list[Launch]:
     """The forward kernel and, where the keys are split, the merge of `partials_like`'s partial results.
@@ -89,19 +95,20 @@ def forward_launches(
         arguments |= {"out": strided(out, plan.layout), "lse": lse_values(lse, low), "splits": 1}
         constant |= {"SPLITS": False}
         return [Launch(forward_kernel, grid, arguments, constant, options(plan.forward))]
-    partial, partial_lse = partials
+    partial, partial_lse, partial_low = partials
     # Strides of one split's rows; the kernel steps from split to split itself.
     batch, (head, row) = (0 if packed else partial.stride(1)), partial.stride()[-3:-1]
     lse_batch, (lse_head, lse_row) = (0 if packed else partial_lse.stride(1)), partial_lse.stride()[-2:]
     arguments |= {
         "out": Strided(partial, batch, head, row),
-        "lse": Lse(partial_lse, lse_batch, lse_head, lse_row, None),
+        "lse": Lse(partial_lse, lse_batch, lse_head, lse_row, partial_low),
         "splits": plan.splits,
     }
     split = Launch(forward_kernel, grid * plan.splits, arguments, constant | {"SPLITS": True}, options(plan.forward))
     merge = {
         "partial": partial,
         "partial_lse": partial_lse,
+        "partial_low": partial_low,
         "out": strided(out, plan.layout),
         "lse": lse,
         "heads": size.heads,
@@ -113,7 +120,6 @@ def forward_launches(
         "DV": size.value_dim,
         "BLOCK_DV": max(16, next_power_of_two(size.value_dim)),
         "BLOCK_SPLITS": next_power_of_two(plan.splits),
-        "NATURAL": natural(inputs),
     }
     return [split, Launch(merge_kernel, rows, merge, merge_constant, {"num_warps": 4, "num_stages": 1})]
 

@@ -74,13 +74,13 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
     size = sizes(plan, inputs)
     out, lse = output_like(plan, inputs, size)
-    partials = partials_like(plan, size, lse)
+    partials = partials_like(plan, inputs, size, lse)
 
     def make(tensors: Sequence[Any]) -> list[Launch]:
-        *given, out, lse, first, second = tensors
-        return forward_launches(plan, Inputs(*given), out, lse, None if first is None else (first, second))
+        *given, out, lse, first, second, third = tensors
+        return forward_launches(plan, Inputs(*given), out, lse, None if first is None else (first, second, third))
 
-    ready.start(("forward", plan), inputs.tensors(), (out, lse, *(partials or (None, None))), make)
+    ready.start(("forward", plan), inputs.tensors(), (out, lse, *(partials or (None, None, None))), make)
     return out, lse
 
 
@@ -227,9 +227,7 @@ for _key in ("CPU", "CUDA"):
     _library.impl("flash_backward", _backward, _key)
 torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
-torch.library.register_fake(
-    "attnreg_triton::flash_forward_for_gradients", _forward_for_gradients_shapes, lib=_library
-)
+torch.library.register_fake("attnreg_triton::flash_forward_for_gradients", _forward_for_gradients_shapes, lib=_library)
 for _name in ("flash_forward", "flash_forward_for_gradients"):
     torch.library.register_autograd(f"attnreg_triton::{_name}", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd(
