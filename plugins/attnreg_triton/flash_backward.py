@@ -212,8 +212,8 @@ def backward_q_kernel(
             score, dropout, full_begin, full_end, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
         )  # fmt: skip
     acc, acc_tail = visit_keys(
-        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, kv_head, rows, mask, prefix, score,
-        dropout, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, kv_head, rows, mask, prefix,
+        score, dropout, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
     # The rows once more, as in the forward kernel: no addresses stay alive over the loops.
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)

@@ -58,8 +58,6 @@ def merge_kernel(
     batch = (row // q_len // heads).to(tl.int64)
     base = out.data + batch * out.batch + head.to(tl.int64) * out.head + query.to(tl.int64) * out.row
     tl.store(base + columns, narrow(accumulator, out.data.dtype.element_ty), mask=columns < DV)
-    if partial_low is not None:
-        natural = safe + tl.log2(divisor) * LN2
-    else:
-        natural = (safe + tl.log2(divisor)) * LN2
+    logarithm = tl.log2(divisor)
+    natural = safe + logarithm * LN2 if partial_low is not None else (safe + logarithm) * LN2
     tl.store(lse + row, tl.where(total == 0.0, float("-inf"), natural))

@@ -299,10 +299,7 @@ def normalise(accumulator, maximum, total, score, dropout):
         divisor = divisor * (1.0 - dropout.p)
     accumulator = accumulator / divisor[:, None]
     logarithm = tl.log2(tl.where(empty, 1.0, total))
-    if score.natural is not None:
-        natural = maximum + logarithm * LN2
-    else:
-        natural = (maximum + logarithm) * LN2
+    natural = maximum + logarithm * LN2 if score.natural is not None else (maximum + logarithm) * LN2
     return accumulator, tl.where(empty, float("-inf"), natural)
 
 

@@ -1,7 +1,7 @@
 """Rows whose bias lies far from 0, and what attention of them is: float64 throughout but for the logits.
 
-float32 holds nothing of q and k beside a bias of 1e30, and multiples of 64 beside 1e9: the logits are rounded so, and the
-rest is exact. q and k are small integers and the scale is a power of 2, so every right kernel rounds them alike.
+float32 holds nothing of q and k beside a bias of 1e30, and multiples of 64 beside 1e9: the logits are rounded so, and
+the rest is exact. q and k are small integers and the scale is a power of 2, so every right kernel rounds them alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Law: rows whose bias lies at the bottom of the float range, or far from 0 at all, have the gradients of their definition.
+"""Law: rows whose bias lies at the bottom of the float range, or far from 0, have the gradients of their definition.
 
 lse is the maximum plus the log of the sum, and float32 holds little of the second beside a large first. Weights made of
 lse alone would be up to as many times too large as a row has keys.
