@@ -22,7 +22,7 @@ class Strided(NamedTuple):
 
 
 class Lse(NamedTuple):
-    """A float32 log-sum-exp a row, [batch, head, row]; `low`: what its rounding left, laid out like it, None: not kept."""
+    """A float32 log-sum-exp a row, [batch, head, row]; `low`: what its rounding left, laid out alike, or None."""
 
     data: Any
     batch: Any
