@@ -32,7 +32,9 @@ def merge_states(states: Sequence[tuple[Tensor, Tensor]], *, layout: str = "bhsd
     computed in float32, or float64 where a part is. The result does not depend on how keys were split, but for
     rounding. A row that attends nothing in any state gives out 0 and lse -inf; what `out` holds beside lse -inf is
     never read. Differentiable in every out and lse, to any order; gradients are finite where the inputs are, and 0
-    through empty rows. A sink counts in one state's lse only: give it to one of the calls.
+    through empty rows. A float32 lse holds log(sum) only beside a small maximum: with a bias near -1e9 it is a multiple
+    of 64, and near the lowest numbers every part that is not empty counts the same, however many keys it has. Give such
+    lses in float64, or leave such rows in one part. A sink counts in one state's lse only: give it to one of the calls.
 
     Raises ShapeError, DtypeError or DeviceError naming the state that does not fit, InputError for no states or an
     unknown layout. Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.

@@ -27,7 +27,8 @@ FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 attend nothing, wherever the spec has a tensor or a size that can make some. low: lse below -88, where exp(lse)
 is 0 in float32. huge: the largest finite values in every key that no query may attend, stale pages included.
 expanded: stride 0. strided: last dimension not dense. edges: bias entries of -inf and +-1e4, windows and
-prefixes at their ends."""
+prefixes at their ends. low and edges: a row of the bias at the lowest number, where a float32 lse holds no log of a
+sum."""
 
 HUGE_PAIRS = 1 << 26
 

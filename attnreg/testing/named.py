@@ -163,7 +163,20 @@ def _bias(draw: Draw, made: dict[str, Any]) -> Tensor:
         out = torch.where(kind < 0.15, -torch.inf, torch.where(kind > 0.97, 1e4, torch.where(kind > 0.9, -1e4, out)))
         if out.dim() > 1 and out.shape[-2] > 1:
             out[..., 1, :] = -torch.inf
-    return 4 * out - 100 if draw.flavour == "low" else out
+    if draw.flavour == "low":
+        out = 4 * out - 100
+    if draw.flavour in ("low", "edges") and out.dim() > 1 and out.shape[-2] > 2:
+        out[..., 2, :] = _lowest(draw)
+    return out
+
+
+def _lowest(draw: Draw) -> float:
+    """What padding masks hold in each key of a row: the lowest number, of float16 half of it, as it adds no more."""
+    info = draw.problem.info("bias")
+    kind: torch.dtype = getattr(torch, draw.problem.dtype if info is None else info.dtype)
+    if kind == torch.float16:
+        return torch.finfo(kind).min / 2
+    return torch.finfo(kind if kind == torch.bfloat16 else torch.float32).min
 
 
 def _alibi_slopes(draw: Draw, made: dict[str, Any]) -> Tensor:

@@ -46,6 +46,9 @@ class Options:
     tremble: float
 
 
+BOTTOM = 1e30
+
+
 class Tremble(torch.autograd.Function):
     """The identity, whose gradient is only what rounding does to it.
 
@@ -67,8 +70,11 @@ class Tremble(torch.autograd.Function):
 
 
 def shake(score: Tensor, eps: float) -> Tensor:
-    """Relative errors of exp(score), of either sign without a pattern, the same at every call."""
-    size = torch.where(score.isfinite(), score.abs() + 4, torch.zeros_like(score)) * eps
+    """Relative errors of exp(score), of either sign without a pattern, the same at every call.
+
+    A score beyond BOTTOM is its bias, to the last bit: nothing that is added to it changes it in any dtype.
+    """
+    size = torch.where(score.isfinite(), torch.where(score.abs() < BOTTOM, score.abs(), 0.0) + 4, 0.0) * eps
     index = torch.arange(score.numel(), device=score.device).reshape(score.shape)
     return size * (1 - 2 * ((index * 2654435761 >> 13) & 1))
 

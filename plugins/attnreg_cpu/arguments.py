@@ -15,9 +15,11 @@ from attnreg_cpu.conjunction import Conjunction
 from attnreg_cpu.threads import thread_count
 
 FIRST = params.INDEX["threads"] + 1  # fields that every call sets; the rest depends on named tensors only
+LAST = params.FIELDS[-1][0]  # lse_low: all that gradients add to a forward call without named tensors
 ALIGN = {"bottom_right": 0, "top_left": 1, "offset": 2}
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _head_packer = struct.Struct(f"={FIRST}q")
+_last_packer = struct.Struct("=q")
 Put = Callable[[str, int | float], None]
 
 
@@ -89,6 +91,8 @@ class Arguments:
         """The other fields, and the tensors that must outlive the call because the bytes point into them."""
         if not tensors and not more:
             return self._plain_tail, []
+        if not tensors and more and more.keys() == {LAST}:
+            return self._plain_tail[:-8] + _last_packer.pack(more[LAST]), []
         values = params.template(self._fixed)
         kept: list[Tensor] = []
 

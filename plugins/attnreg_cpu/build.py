@@ -15,7 +15,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ import torch
 
 from attnreg import folders
 from attnreg_cpu import library_files, toolchain
+from attnreg_cpu.source_text import code_of
 from attnreg_cpu.toolchain import BuildError
 
 SOURCE_DIR = Path(__file__).parent / "csrc"
@@ -48,7 +48,6 @@ BASE_FLAGS = (
     "-Wno-maybe-uninitialized",
 )
 COMPILERS = ("g++", "clang++", "c++")
-INCLUDE = re.compile(rb'^#include "([^"]+)"', re.MULTILINE)
 ELSEWHERE = "on a machine with a compiler and the same CPU and bring its cache here"
 INSTALL_HINT = "install g++ (for instance `apt-get install g++`) or point CXX at a C++17 compiler"
 
@@ -134,19 +133,11 @@ def architecture_flags() -> tuple[str, ...]:
 
 @functools.cache
 def source_digest(source: str) -> str:
-    """A digest of csrc/`source` and of every header of ours that it includes, directly or not."""
-    digest = hashlib.sha256()
-    seen: set[str] = set()
-    waiting = [source]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        text = (SOURCE_DIR / name).read_bytes()
-        digest.update(name.encode() + b"\0" + text)
-        waiting.extend(sorted(found.decode() for found in INCLUDE.findall(text)))
-    return digest.hexdigest()
+    """A digest of the code of csrc/`source` and of every header of ours that it includes, directly or not.
+
+    Comments, blank lines and the names of files change nothing, as they change no library.
+    """
+    return hashlib.sha256(code_of(source, SOURCE_DIR).encode()).hexdigest()
 
 
 def library_path(source: str, defines: Mapping[str, int | str], extra_flags: tuple[str, ...] = ()) -> Path:

@@ -35,21 +35,20 @@ class Backward:
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
-        results: tuple[Tensor, Tensor, Tensor | None],
+        results: tuple[Tensor, Tensor, Tensor],
         upstream: tuple[Tensor, Tensor | None],
         wanted: frozenset[str],
     ) -> dict[str, Tensor]:
         """The gradients of the names in `wanted`, each shaped and typed like its tensor; see attnreg's Kernels."""
         named = {name: x for name, x in tensors.items() if name != "sinks"}
         d_out, d_lse = upstream
-        out, lse, _ = results
-        d_q, d_k, d_v, d_bias, d_weight = self._gradients(inputs, named, (out, lse), d_out, d_lse, wanted)
+        d_q, d_k, d_v, d_bias, d_weight = self._gradients(inputs, named, results, d_out, d_lse, wanted)
         found = {"q": d_q, "k": d_k, "v": d_v}
         if d_bias is not None:
             bias = tensors["bias"]
             found["bias"] = d_bias.sum_to_size(bias.shape).to(bias.dtype)
         if "sinks" in wanted:
-            found["sinks"] = _sink_gradient(tensors["sinks"], out, lse, d_out, d_lse, self.forward.layout)
+            found["sinks"] = _sink_gradient(tensors["sinks"], *results, d_out, d_lse, self.forward.layout)
         if d_weight is not None:
             weight = tensors["score_weight"]
             total = d_weight.sum((0, 1))[:, : weight.shape[1]]
@@ -60,23 +59,23 @@ class Backward:
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
         tensors: Mapping[str, Any],
-        results: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor, Tensor],
         d_out: Tensor,
         d_lse: Tensor | None,
         wanted: frozenset[str],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """dq, dk, dv, and where wanted, as float32 sums, of bias [B, Hq, Sq, Skv] and weight [shares, B, Hq, D]."""
-        (q, k, v), (out, lse) = (dense_rows(x) for x in inputs), results
+        (q, k, v), (out, lse, lse_low) = (dense_rows(x) for x in inputs), results
         forward = self.forward
         batch, skv = forward.sizes(q, k, tensors)
         kv_heads = k.shape[1] if forward.layout != "bshd" else k.shape[2]
-        d_out = dense_rows(d_out)
+        d_out, lse, lse_low = dense_rows(d_out), lse.contiguous(), lse_low.contiguous()
         # Packed rows of no sequence are never written.
         d_q = (q.new_zeros if forward.layout == "thd" else q.new_empty)(q.shape)
         shares = shares_of(batch * kv_heads, thread_count())
         d_k, d_v = _sums(k, shares), _sums(v, shares)
         d_bias = d_weight = None
-        more: dict[str, int] = {"splits": shares}
+        more: dict[str, int] = {"splits": shares, "lse_low": lse_low.data_ptr()}
         if "score_weight" in wanted:
             d_weight = _sums(q.new_empty(batch, lse.shape[-2], q.shape[-1]), shares)
             more |= {"d_weight": d_weight.data_ptr(), "d_weight_row": d_weight.stride(-2)}
@@ -136,13 +135,15 @@ def _bias_size(q: Tensor, skv: int, tensors: Mapping[str, Any], layout: str) -> 
     return longest(tensors, "q"), skv if paged else longest(tensors, "k")
 
 
-def _sink_gradient(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str) -> Tensor:
+def _sink_gradient(
+    sinks: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, d_out: Tensor, d_lse: Tensor | None, layout: str
+) -> Tensor:
     """The sink joins the denominator only: its weight times (d_lse - out . d_out), summed over rows and batch."""
     change = -(out.float() * d_out.float()).sum(-1)
     if layout != "bhsd":
         change = change.transpose(-1, -2)
     if d_lse is not None:
         change = change + d_lse
-    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float().view(-1, 1) - lse))
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp((sinks.float().view(-1, 1) - lse) - lse_low))
     total = weight * change
     return (total.sum((0, 2)) if total.dim() == 3 else total.sum(1)).to(sinks.dtype)

@@ -57,15 +57,17 @@ class Forward:
 
     def compute(
         self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """out, and lse where the problem or a backward pass asks for it; see attnreg's Kernels."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """out, lse where the problem or a backward pass asks for it, and for the latter its low word; see Kernels."""
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         out = q.new_empty(*q.shape[:-1], self._head_dim_v)
-        lse = None
-        if for_backward or self.return_lse:
-            lse = q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
-        self.launch(self._kernel, (q, k, v), out, lse, tensors, {})
-        return out, lse, None
+        lse = self._lse_like(q) if for_backward or self.return_lse else None
+        low = self._lse_like(q) if for_backward else None
+        self.launch(self._kernel, (q, k, v), out, lse, tensors, {} if low is None else {"lse_low": low.data_ptr()})
+        return out, lse, low
+
+    def _lse_like(self, q: Tensor) -> Tensor:
+        return q.new_empty(q.shape[:-1] if self.layout == "bhsd" else _heads_first(q), dtype=torch.float32)
 
     def launch(
         self,

@@ -42,12 +42,19 @@ class Sdpa:
         if lse and _added(problem):
             names = " and ".join("the bias" if name == "bias" else name for name in sorted(_added(problem)))
             out.append(f"{' and '.join(lse)} with a gradient of {names}: the kernel that returns the lse has none")
+        if spec.sinks and spec.bias:
+            out.append("sinks with a bias: they join by the lse, which holds no sum where the bias is at its lowest")
         if spec.layout == "thd" and not on_cpu:
             out.append("layout 'thd': splitting the packed sequences would read cu_seqlens back from the device")
         if problem.traced and spec.layout == "thd":
             out.append("layout 'thd' under a trace: splitting the packed sequences reads the values of cu_seqlens")
         if problem.traced and isinstance(spec.sparsity, sparsity.BigBird) and spec.sparsity.random_blocks:
             out.append("sparsity BigBird under a trace: its random blocks are drawn on the host")
+        if problem.traced and problem.needs_grad and spec.bias:
+            out.append(
+                "gradients with a bias under a trace: the backward of torch's kernels makes weights of a rounded lse, "
+                "which holds nothing of a row whose values are all at the lowest numbers, and a trace reads none"
+            )
         if spec.deterministic and problem.needs_grad and not on_cpu:
             out.append("deterministic: the backward of torch's GPU kernels adds atomically and does not repeat")
         return out + _memory(problem, hardware)
@@ -127,6 +134,10 @@ def _kernels(problem: Problem) -> tuple[str, ...]:
             return ("flash",)
         # Dropout and a gradient of the mask exist in torch's math path only, which "auto" then takes.
         return ("auto",) if spec.dropout_p or _added(problem) else ("auto", "flash", "math")
+    if problem.needs_grad and spec.bias:
+        # The others make weights of a rounded lse in the backward pass: of a row whose bias is everywhere at the lowest
+        # numbers it holds nothing but them, and each weight would be 1.
+        return ("math",)
     half = problem.dtype in HALF and problem.kv_dtype == problem.dtype
     if half and masked and problem.needs_grad:
         # Where torch chooses, gradients beside a dense mask came out NaN on an H200 (torch 2.11): all of dq at 448 and

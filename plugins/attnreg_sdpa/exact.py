@@ -1,4 +1,4 @@
-"""Attention in float64 by plain products: for inputs whose masked values overflow torch's kernels."""
+"""Attention in float64 by plain products: for masked values that overflow torch's kernels, and rows whose lse does."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "clamped", "has_nan", "too_large"]
+__all__ = ["attend", "clamped", "far_rows", "has_nan", "too_large"]
 
 LARGE = 1e15  # products of two values below this, summed over any head_dim, stay finite in float32
+FAR = 1024.0  # a row's lse beyond it, rounded to float32, is off by 2**-14 at least, and so is each weight made of it
 PAIRS = 1 << 24  # scores held at once
 
 
@@ -30,11 +31,23 @@ def too_large(k: Tensor, v: Tensor) -> bool:
     return False
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def far_rows(mask: Tensor) -> Tensor:
+    """Rows, of any batch and head, whose largest allowed value of an additive mask [.., Sq, Skv] is beyond FAR."""
+    if mask.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=mask.device)
+    top = mask.detach().amax(-1)
+    far = (top.abs() > FAR) & (top > -math.inf)
+    return far.flatten(0, 1).any(0).nonzero().squeeze(1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, rounded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Output and natural-log lse [B, Hq, Sq], both float64, differentiable, in chunks of rows.
 
     q [B, Hq, Sq, D], k and v [B, Hkv, Skv, ...]; mask additive [B or 1, Hq or 1, Sq, Skv]; causal counts from
-    the top left. Masked pairs leave no trace, forward or backward, whatever finite values k and v hold.
+    the top left. Masked pairs leave no trace, forward or backward, whatever finite values k and v hold. `rounded`:
+    scores as float32 holds them, which is all that a mask of 1e9 leaves of q and k.
     """
     group = q.shape[1] // k.shape[1]
     keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
@@ -51,13 +64,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
             part = mask[:, :, first : first + step].double()
             allowed = allowed & (part > -math.inf)
             scores = scores + torch.where(allowed, part, 0.0)
+        if rounded:
+            scores = scores.float().double()
         any_key = allowed.any(-1, keepdim=True)
         # A row without a key attends all of them here, so that its softmax has a gradient, and is cut below.
-        lse = scores.masked_fill(~allowed & any_key, -math.inf).logsumexp(-1, keepdim=True)
+        reached = scores.masked_fill(~allowed & any_key, -math.inf)
+        # The maximum and the log of the sum stay apart: at the lowest float32 number even float64 adds nothing to it.
+        top = reached.detach().amax(-1, keepdim=True) if skv else reached.new_zeros(*reached.shape[:-1], 1)
+        log_sum = (reached - top).logsumexp(-1, keepdim=True)
         # Both fills, before and after the exponential, keep inf * 0 out of the gradient.
-        p = torch.where(allowed, (scores.masked_fill(~allowed, -math.inf) - lse).exp(), 0.0)
+        p = torch.where(allowed, (scores.masked_fill(~allowed, -math.inf) - top - log_sum).exp(), 0.0)
         outs.append(p @ values)
-        lses.append(torch.where(any_key, lse, -math.inf).squeeze(-1))
+        lses.append(torch.where(any_key, top + log_sum, -math.inf).squeeze(-1))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 

@@ -26,7 +26,8 @@ class Guarded:
     mask: additive [B or 1, Hq or 1, Sq, Skv] or None; causal counts from the top left. A row without a key
     gives 0 and lse -inf, and gradient 0. torch's kernels add the mask to the score, so a score that overflows
     at a masked pair (inf - inf) makes a NaN: on the CPU that is seen and computed again in float64; in a trace
-    and on a GPU, where no value can be read, k and v are made harmless first.
+    and on a GPU, where no value can be read, k and v are made harmless first. Gradients of rows whose bias is far
+    from 0 are computed in float64 too, see `_repaired`.
     """
 
     def __init__(self, problem: Problem, config: Mapping[str, Any]) -> None:
@@ -40,6 +41,7 @@ class Guarded:
         self.grad = problem.needs_grad
         self.on_cpu = problem.device == "cpu"
         self.hosted = self.on_cpu and not problem.traced
+        self.biased = problem.spec.bias or problem.spec.alibi
         self.wants_lse = problem.spec.return_lse or problem.spec.sinks
         name = str(config["kernel"])
         self.flat = kernels.kernel(name, problem.device, grouped=False)
@@ -68,6 +70,8 @@ class Guarded:
             if self.grad and exact.too_large(k, v):
                 return self.exactly(q, k, v, mask, causal)
             out, lse = self._grouped(q, k, v, mask, causal)
+            if self.grad and self.biased and mask is not None:
+                out, lse = self._repaired(out, lse, q, k, v, mask)
             return self.exactly(q, k, v, mask, causal) if exact.has_nan(out) else (out, lse)
         return self._harmless(q, k, v, mask, causal)
 
@@ -75,6 +79,22 @@ class Guarded:
         """In float64, with every masked pair cut out on both sides of the softmax."""
         out, lse = exact.attend(q, k, v, mask, causal, self.scale)
         return out.to(q.dtype), lse if self.wants_lse else None
+
+    def _repaired(
+        self, out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """out and lse with the rows computed again whose bias is so far from 0 that lse loses the log of the sum.
+
+        The flash kernel's backward makes its weights of lse alone, so in such rows they would not sum to 1.
+        """
+        rows = exact.far_rows(mask)
+        if rows.numel() == 0:
+            return out, lse
+        again, again_lse = exact.attend(
+            q.index_select(2, rows), k, v, mask.index_select(2, rows), False, self.scale, rounded=True
+        )
+        out = out.index_copy(2, rows, again.to(out.dtype))
+        return out, None if lse is None else lse.index_copy(2, rows, again_lse.to(lse.dtype))
 
     def _harmless(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Result:
         if mask is None:

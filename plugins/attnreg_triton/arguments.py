@@ -21,6 +21,16 @@ class Strided(NamedTuple):
     row: Any
 
 
+class Lse(NamedTuple):
+    """A float32 log-sum-exp a row, [batch, head, row]; `low`: what its rounding left, laid out alike, or None."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    low: Any
+
+
 class Bias(NamedTuple):
     """An additive score [batch, head, query, key]; a broadcast axis has stride 0.
 
@@ -119,7 +129,8 @@ class Descales(NamedTuple):
 class Score(NamedTuple):
     """`softcap(scale * q.k) + bias - slope * |position - key|`; q.k of what the stored values stand for.
 
-    `stored`: 1 where there are `descales`, else None.
+    `stored`: 1 where there are `descales`, else None. `natural`: 1 where scores are kept in natural units, else None
+    (log2). At the lowest numbers, which padding masks hold, a factor of log2(e) would make them -inf.
     """
 
     scale: Any
@@ -129,6 +140,7 @@ class Score(NamedTuple):
     alibi: Any
     alibi_batch: Any
     stored: Any
+    natural: Any
 
 
 class Dropout(NamedTuple):

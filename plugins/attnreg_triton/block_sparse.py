@@ -50,7 +50,7 @@ class TritonBlockSparse(CrossCompiled):
     """
 
     name = "triton_block_sparse"
-    version, earlier = "3", "2"
+    version, earlier = "4", "2"
     sparse = True
 
     def supports(self, problem: Problem, hardware: Hardware) -> list[str]:
@@ -79,9 +79,9 @@ class TritonBlockSparse(CrossCompiled):
             call = make_call(problem, plan, q, k, v, tensors)
             x = call.inputs
             if grad and torch.is_grad_enabled():
-                out, lse = Attend.apply(call, x.q, x.k, x.v, x.bias, x.sinks)  # type: ignore[no-untyped-call]  # torch's
+                out, lse, _ = Attend.apply(call, x.q, x.k, x.v, x.bias, x.sinks)  # type: ignore[no-untyped-call]  # torch's
             else:
-                out, lse = forward(call)
+                out, lse, _ = forward(call, kept=False)
             return (out, lse) if spec.return_lse else out
 
         return run
@@ -147,28 +147,34 @@ def _longest(starts: Tensor) -> int:
     return int(starts.diff().max()) if starts.numel() > 1 else 0
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
+def forward(call: Call, kept: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, lse, low): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]; low, of lse's
+    shape, what its rounding left, where that is to be `kept` and the backward kernels read it.
+    """
     from . import ready
     from .block_sparse_launch import forward_launches
-    from .flash_launch import output_like
+    from .flash_launch import low_like, output_like
 
     plan, inputs, layout = call.plan, call.inputs, call.layout
     out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    low = low_like(inputs, lse) if kept else None
     rows = (layout.row_ptr, layout.row_split, layout.col_idx, layout.tile_idx, layout.bits)
 
     def make(tensors: Sequence[Any]) -> list[Launch]:
-        *given, out, lse = tensors
+        *given, out, lse, low = tensors
         again = replace(layout, **dict(zip(ROWS, given[-len(ROWS) :], strict=True)))
-        return forward_launches(plan, Inputs(*given[: -len(ROWS)]), again, out, lse)
+        return forward_launches(plan, Inputs(*given[: -len(ROWS)]), again, out, lse, low)
 
-    what = ("block forward", plan, layout.n_q, layout.n_heads, layout.n_batch, layout.block_q)
-    ready.start(what, (*inputs.tensors(), *rows), (out, lse), make)
-    return out, lse
+    what = ("block forward", kept, plan, layout.n_q, layout.n_heads, layout.n_batch, layout.block_q)
+    ready.start(what, (*inputs.tensors(), *rows), (out, lse, low), make)
+    return out, lse, low
 
 
 def backward(
-    call: Call, saved: tuple[Tensor, Tensor], upstream: tuple[Tensor, Tensor | None], wanted: tuple[bool, ...]
+    call: Call,
+    saved: tuple[Tensor, Tensor, Tensor | None],
+    upstream: tuple[Tensor, Tensor | None],
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of GRADIENTS; None for those that are not wanted."""
     from . import ready
@@ -199,7 +205,7 @@ def backward(
     ready.once(launches, inputs.q.device)
     dk, dv = dkv or (None, None)
     dbias = None if dscores is None or bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
-    dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
+    dsinks = sink_gradient(inputs.sinks, lse, saved[2], delta) if wanted[4] and inputs.sinks is not None else None
     return dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks
 
 
@@ -215,23 +221,25 @@ class Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(out, lse) of a call; `tensors` are those of GRADIENTS, as the call holds them."""
-        out, lse = forward(call)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(out, lse, low) of a call; `tensors` are those of GRADIENTS, as the call holds them."""
+        out, lse, low = forward(call, kept=True)
+        if low is not None:
+            ctx.mark_non_differentiable(low)
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.layout = call.plan, call.layout
-        ctx.save_for_backward(*_with_tensors(call.inputs, tensors).tensors(), out, lse)
-        return out, lse
+        ctx.save_for_backward(*_with_tensors(call.inputs, tensors).tensors(), out, lse, low)
+        return out, lse, low
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
         """Gradients of the tensors of GRADIENTS."""
-        *tensors, out, lse = ctx.saved_tensors
+        *tensors, out, lse, low = ctx.saved_tensors
         call = Call(ctx.plan, Inputs(*tensors), ctx.layout)
         dout = torch.zeros_like(out) if dout is None else dout
         given = [getattr(call.inputs, name) for name in GRADIENTS]
         wanted = tuple(ctx.needs_input_grad[1:])
-        return None, *Gradients.apply(call, wanted, out, lse, dout, dlse, *given)  # type: ignore[no-untyped-call]
+        return None, *Gradients.apply(call, wanted, out, lse, low, dout, dlse, *given)  # type: ignore[no-untyped-call]
 
 
 class Gradients(torch.autograd.Function):
@@ -239,11 +247,11 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, wanted: tuple[bool, ...], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-        *tensors: Tensor | None,
+        ctx: Any, call: Call, wanted: tuple[bool, ...], out: Tensor, lse: Tensor, low: Tensor | None, dout: Tensor,
+        dlse: Tensor | None, *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Gradients of GRADIENTS; `tensors` are those that the call holds, by which the node hangs together."""
-        return backward(call, (out, lse), (dout, dlse), wanted)
+        return backward(call, (out, lse, low), (dout, dlse), wanted)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> NoReturn:
@@ -268,18 +276,19 @@ def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
     """Compiler input of every launch of a plan; loads Triton, compiles nothing."""
     from .block_sparse_launch import backward_launches, forward_launches
     from .flash import meta_inputs
-    from .flash_launch import output_like
+    from .flash_launch import low_like, output_like
     from .signatures import compile_spec
 
     inputs = replace(meta_inputs(problem), prefix_lengths=None, document_first=None, document_last=None)
     layout = empty_layout(problem, plan.forward.m, plan.forward.n)
     out, lse = output_like(plan, inputs, sizes(plan, inputs))
-    launches = forward_launches(plan, inputs, layout, out, lse)
+    low = low_like(inputs, lse) if problem.needs_grad else None
+    launches = forward_launches(plan, inputs, layout, out, lse, low)
     if problem.needs_grad:
         grads = problem.grads
         dq = torch.empty_like(inputs.q) if "q" in grads else None
         dkv = (torch.empty_like(inputs.k), torch.empty_like(inputs.v)) if grads & {"k", "v"} else None
         shape = (problem.batch, problem.q_heads, problem.sq, problem.skv)
         dscores = torch.empty(shape, device="meta") if "bias" in grads else None
-        launches += backward_launches(plan, inputs, layout, (out, lse), (out, None), lse, (dq, dkv, dscores))
+        launches += backward_launches(plan, inputs, layout, (out, lse, low), (out, None), lse, (dq, dkv, dscores))
     return [compile_spec(launch) for launch in launches]

@@ -14,17 +14,19 @@ import triton
 import triton.language as tl
 
 from .band import load_sequence, make_rows
-from .flash_backward import load_lse, visit_keys, visit_rows
+from .flash_backward import load_low, load_lse, visit_keys, visit_rows
 from .flash_bias import bias_tile
 from .flash_forward import attend
 from .tile import (
-    LOG2E,
     kernel,
     key_pointers,
     load_head,
     load_matrix,
+    low_of,
+    low_word,
     normalise,
     row_pointers,
+    start_sinks,
     store_matrix,
 )
 
@@ -90,8 +92,7 @@ def block_forward_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
-        maximum = tl.load(sinks + index.head, mask=valid, other=0.0).to(tl.float32) * LOG2E
-        total = tl.where(maximum == float("-inf"), 0.0, 1.0)
+        maximum, total = start_sinks(sinks, index.head, valid, score)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     begin, split, end = entries(mask.blocks, batch, head, tile, sequence.kv_len, BLOCK_N)
     accumulator, maximum, total = attend(
@@ -102,13 +103,16 @@ def block_forward_kernel(
         accumulator, maximum, total, q_tile, q_tail, k, v, sequence, head // GROUP, rows, mask, 0, score, dropout,
         pages, split, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
     )  # fmt: skip
-    accumulator, natural = normalise(accumulator, maximum, total, dropout)
+    accumulator, natural = normalise(accumulator, maximum, total, score, dropout)
     # The rows once more, as in the flash kernel: no addresses stay alive over the loops.
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
     index = make_rows(sequence, head, row, 1)
     valid = index.valid
     store_matrix(row_pointers(out, sequence, index.query, index.head), tl.arange(0, BLOCK_DV), accumulator, valid, DV)
     tl.store(row_pointers(lse, sequence, index.query, index.head), natural, mask=valid)
+    if lse.low is not None:
+        low = low_word(maximum, total, natural)
+        tl.store(row_pointers(low_of(lse), sequence, index.query, index.head), low, mask=valid)
 
 
 @kernel
@@ -155,7 +159,10 @@ def block_q_kernel(
     q_tile, q_tail = load_head(row_pointers(q, sequence, index.query, index.head), valid, D, BLOCK_D, TAIL, True)
     do_rows = row_pointers(dout, sequence, index.query, index.head)
     do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), valid, DV, BLOCK_DV, True)
-    row_lse = load_lse(lse, sequence, index.query, index.head, valid)[:, None]
+    row_lse = load_lse(lse, sequence, index.query, index.head, valid, score)[:, None]
+    row_low = None
+    if lse.low is not None:
+        row_low = load_low(lse, sequence, index.query, index.head, valid)
     row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=valid, other=0.0)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_tail = acc
@@ -163,12 +170,12 @@ def block_q_kernel(
         acc_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
     begin, split, end = entries(mask.blocks, batch, head, tile, sequence.kv_len, BLOCK_N)
     acc, acc_tail = visit_keys(
-        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, head // GROUP, rows, mask, 0, score,
-        dropout, begin, split, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, head // GROUP, rows, mask, 0,
+        score, dropout, begin, split, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
     acc, acc_tail = visit_keys(
-        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, head // GROUP, rows, mask, 0, score,
-        dropout, split, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, head // GROUP, rows, mask, 0,
+        score, dropout, split, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
     index = make_rows(sequence, head, row, 1)

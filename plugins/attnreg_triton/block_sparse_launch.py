@@ -10,7 +10,19 @@ from attnreg import blocks
 
 from .arguments import Bias, Blocks, Mask
 from .flash_launch import delta_launch
-from .launch import Inputs, Launch, Sizes, common_arguments, constants, options, row_values, sizes, strided
+from .launch import (
+    Inputs,
+    Launch,
+    Sizes,
+    common_arguments,
+    constants,
+    lse_values,
+    natural,
+    options,
+    row_values,
+    sizes,
+    strided,
+)
 from .plan import Plan, Tile
 
 Layout = blocks.BlockLayout
@@ -67,13 +79,15 @@ def _shared(plan: Plan, inputs: Inputs, size: Sizes, layout: Layout, columns: bo
     return out
 
 
-def forward_launches(plan: Plan, inputs: Inputs, layout: Layout, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The forward launch; fills out and lse."""
+def forward_launches(
+    plan: Plan, inputs: Inputs, layout: Layout, out: Tensor, lse: Tensor, low: Tensor | None = None
+) -> list[Launch]:
+    """The forward launch; fills out and lse, and for a backward pass what lse's rounding left."""
     size = sizes(plan, inputs)
-    plain = not plan.softcap and inputs.bias is None and inputs.alibi_slopes is None
+    plain = not plan.softcap and not natural(inputs) and inputs.alibi_slopes is None
     arguments = _shared(plan, inputs, size, layout) | {
         "out": strided(out, plan.layout),
-        "lse": row_values(lse),
+        "lse": lse_values(lse, low),
         "sinks": inputs.sinks,
         "heads": size.heads,
         "tiles": layout.n_q,
@@ -87,20 +101,20 @@ def backward_launches(
     plan: Plan,
     inputs: Inputs,
     layout: Layout,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor | None],
     upstream: tuple[Tensor, Tensor | None],
     delta: Tensor,
     gradients: tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None],
 ) -> list[Launch]:
     """Launches that fill `delta` and the wanted `gradients`: dq, (dk, dv), dscores; None where not wanted.
 
-    `saved` is (out, lse), `upstream` their gradients (dlse None for zero). dscores: float32 [B, Hq, Sq, Skv] of
-    zeros, whose live blocks are filled.
+    `saved` is (out, lse, what lse's rounding left), `upstream` gradients of the first two (dlse None for zero).
+    dscores: float32 [B, Hq, Sq, Skv] of zeros, whose live blocks are filled.
     """
     size = sizes(plan, inputs)
-    (out, lse), (dout, dlse), (dq, dkv, dscores) = saved, upstream, gradients
+    (out, lse, low), (dout, dlse), (dq, dkv, dscores) = saved, upstream, gradients
     launches = [delta_launch(plan, size, out, dout, dlse, delta)]
-    rows = {"dout": strided(dout, plan.layout), "lse": row_values(lse), "delta": row_values(delta)}
+    rows = {"dout": strided(dout, plan.layout), "lse": lse_values(lse, low), "delta": row_values(delta)}
     by_row = _shared(plan, inputs, size, layout) | rows | {"heads": size.heads, "tiles": layout.n_q}
     del by_row["pages"]
     grid = layout.n_q * size.heads * size.batches

@@ -75,13 +75,15 @@ def make_run(problem: Problem, plan: Plan) -> Run:
 
     spec, text, band = problem.spec, plan.encode(), masks.as_band(problem.spec.mask)
     assert band is not None, "supports() refuses a mask that is no band"
-    boundary, with_lse = problem.needs_grad or problem.traced, spec.return_lse
+    with_lse = spec.return_lse
 
     def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         named = call_tensors(spec, band, q, tensors)
         ordered = [q, k, v, *(named.get(name) for name in operators.FIELDS[3:])]
         # Outside autograd and tracing the operator boundary buys nothing: call the kernels directly.
-        if boundary or torch.compiler.is_compiling() or type(q) is not Tensor:
+        if problem.needs_grad:
+            out, lse, _ = operators.attend_for_gradients(*ordered, text)
+        elif problem.traced or torch.compiler.is_compiling() or type(q) is not Tensor:
             out, lse = operators.attend(*ordered, text)
         else:
             out, lse = operators.forward(plan, operators.make_inputs(plan, *ordered))
@@ -93,7 +95,7 @@ def make_run(problem: Problem, plan: Plan) -> Run:
 class _FlashKernels(CrossCompiled):
     """What the two backends share: the kernels, and how a plan becomes a callable or compiler input."""
 
-    version, earlier = "3", "2"
+    version, earlier = "4", "2"
 
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
@@ -161,18 +163,19 @@ def meta_inputs(problem: Problem) -> Inputs:
 
 def compile_specs(problem: Problem, plan: Plan) -> list[CompileSpec]:
     """Compiler input of every launch of a plan; loads Triton, compiles nothing."""
-    from .flash_launch import backward_launches, forward_launches, output_like, partials_like
+    from .flash_launch import backward_launches, forward_launches, low_like, output_like, partials_like
     from .launch import sizes
     from .signatures import compile_spec
 
     inputs = meta_inputs(problem)
     size = sizes(plan, inputs)
     out, lse = output_like(plan, inputs, size)
-    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, size, lse))
+    low = low_like(inputs, lse) if problem.needs_grad else None
+    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, inputs, size, lse), low)
     if problem.needs_grad:
         grads = problem.grads
         dq = torch.empty_like(inputs.q) if "q" in grads else None
         dkv = (torch.empty_like(inputs.k), torch.empty_like(inputs.v)) if grads & {"k", "v"} else None
         dbias = torch.empty_like(inputs.bias) if "bias" in grads and inputs.bias is not None else None
-        launches += backward_launches(plan, inputs, (out, lse), (out, None), lse, (dq, dkv, dbias))
+        launches += backward_launches(plan, inputs, (out, lse, low), (out, None), lse, (dq, dkv, dbias))
     return [compile_spec(launch) for launch in launches]

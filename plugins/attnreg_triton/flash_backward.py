@@ -24,6 +24,7 @@ from .tile import (
     key_pointers,
     load_head,
     load_matrix,
+    low_of,
     multiply,
     narrow,
     product,
@@ -55,14 +56,22 @@ def delta_kernel(out, dout, dlse, delta, heads, q_len, DV: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def load_lse(lse, sequence, query, head, valid):
-    """lse of the rows in log2 units."""
-    return lse_in_log2(tl.load(row_pointers(lse, sequence, query, head), mask=valid, other=float("-inf")))
+def load_lse(lse, sequence, query, head, valid, score):
+    """lse of the rows in the scores' units."""
+    return in_units(tl.load(row_pointers(lse, sequence, query, head), mask=valid, other=float("-inf")), score)
 
 
 @triton.jit
-def lse_in_log2(value):
-    """A natural lse in log2 units; +inf for an empty row, whose weights are then exp2(-inf) = 0."""
+def load_low(lse, sequence, query, head, valid):
+    """What the rounding of the rows' lse left, [M, 1]; not to be called where that is not kept."""
+    return tl.load(row_pointers(low_of(lse), sequence, query, head), mask=valid, other=0.0)[:, None]
+
+
+@triton.jit
+def in_units(value, score):
+    """A natural lse in the scores' units; +inf for an empty row, whose weights are then exp2(-inf) = 0."""
+    if score.natural is not None:
+        return tl.where(value == float("-inf"), float("inf"), value)
     return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
 
 
@@ -76,6 +85,7 @@ def visit_keys(
     k,
     v,
     lse,
+    low,
     delta,
     sequence,
     kv_head,
@@ -116,7 +126,7 @@ def visit_keys(
         keep = None
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys[None, :])
-        _, ds, _ = score_gradient(scores, capped, dp, lse, delta, allowed, keep, score, dropout)
+        _, ds, _ = score_gradient(scores, capped, dp, lse, low, delta, allowed, keep, score, dropout)
         ds = narrow(ds, k_tile.dtype)
         dq = multiply(ds, k_tile, dq, PRECISION)
         if TAIL > 0:
@@ -177,7 +187,10 @@ def backward_q_kernel(
     q_tile, q_tail = load_head(row_pointers(q, sequence, index.query, index.head), valid, D, BLOCK_D, TAIL, True)
     do_rows = row_pointers(dout, sequence, index.query, index.head)
     do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), valid, DV, BLOCK_DV, True)
-    row_lse = load_lse(lse, sequence, index.query, index.head, valid)[:, None]
+    row_lse = load_lse(lse, sequence, index.query, index.head, valid, score)[:, None]
+    row_low = None
+    if lse.low is not None:
+        row_low = load_low(lse, sequence, index.query, index.head, valid)
     row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=valid, other=0.0)[:, None]
 
     first = tile * BLOCK_M // GROUP + sequence.offset
@@ -190,17 +203,17 @@ def backward_q_kernel(
         acc_tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
     if (mask.left is not None) and (mask.document_first is None):
         acc, acc_tail = visit_keys(
-            acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, kv_head, rows, mask, prefix, score,
-            dropout, begin, full_begin, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+            acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, kv_head, rows, mask, prefix,
+            score, dropout, begin, full_begin, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
         )  # fmt: skip
     if mask.document_first is None:
         acc, acc_tail = visit_keys(
-            acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, kv_head, rows, mask, prefix, score,
-            dropout, full_begin, full_end, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+            acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, kv_head, rows, mask, prefix,
+            score, dropout, full_begin, full_end, False, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
         )  # fmt: skip
     acc, acc_tail = visit_keys(
-        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_delta, sequence, kv_head, rows, mask, prefix, score,
-        dropout, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
+        acc, acc_tail, q_tile, q_tail, do, k, v, row_lse, row_low, row_delta, sequence, kv_head, rows, mask, prefix,
+        score, dropout, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, PRECISION,
     )  # fmt: skip
     # The rows once more, as in the forward kernel: no addresses stay alive over the loops.
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
@@ -266,7 +279,11 @@ def visit_rows(
         q_tile, q_tail = load_head(head_pointers(q, sequence, head, row, start), valid, D, BLOCK_D, TAIL, MASKED)
         do_rows = head_pointers(dout, sequence, head, row, start)
         do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), valid, DV, BLOCK_DV, MASKED)
-        row_lse = lse_in_log2(tl.load(head_pointers(lse, sequence, head, row, start), mask=valid, other=float("-inf")))
+        row_lse = tl.load(head_pointers(lse, sequence, head, row, start), mask=valid, other=float("-inf"))
+        row_lse = in_units(row_lse, score)
+        row_low = None
+        if lse.low is not None:
+            row_low = tl.load(head_pointers(low_of(lse), sequence, head, row, start), mask=valid, other=0.0)[None, :]
         row_delta = tl.load(head_pointers(delta, sequence, head, row, start), mask=valid, other=0.0)
         products = head_products(k, k_tail, q_tile, q_tail, TAIL, PRECISION)
         scores, capped = finish_scores(products, score, sequence, rows, keys, False)
@@ -278,7 +295,7 @@ def visit_rows(
         if dropout is not None:
             keep = keep_mask(dropout, sequence, rows, keys)
         weights, ds, _ = score_gradient(
-            scores, capped, dp, row_lse[None, :], row_delta[None, :], allowed, keep, score, dropout
+            scores, capped, dp, row_lse[None, :], row_low, row_delta[None, :], allowed, keep, score, dropout
         )
         dv = multiply(narrow(weights, do.dtype), do, dv, PRECISION)
         ds = narrow(ds, q_tile.dtype)

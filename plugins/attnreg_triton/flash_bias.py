@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .band import allow, key_range, load_sequence, make_rows, prefix_length
-from .flash_backward import load_lse
+from .flash_backward import load_low, load_lse
 from .tile import (
     finish_scores,
     head_products,
@@ -71,7 +71,10 @@ def bias_tile(
     v_tile = load_matrix(v_pointers, tl.arange(0, BLOCK_DV), inside, DV, BLOCK_DV, True)
     do_rows = row_pointers(dout, sequence, index.query, index.head)
     do = load_matrix(do_rows, tl.arange(0, BLOCK_DV), index.valid, DV, BLOCK_DV, True)
-    row_lse = load_lse(lse, sequence, index.query, index.head, index.valid)[:, None]
+    row_lse = load_lse(lse, sequence, index.query, index.head, index.valid, score)[:, None]
+    row_low = None
+    if lse.low is not None:
+        row_low = load_low(lse, sequence, index.query, index.head, index.valid)
     row_delta = tl.load(row_pointers(delta, sequence, index.query, index.head), mask=index.valid, other=0.0)[:, None]
     products = head_products(q_tile, q_tail, k_tile, k_tail, TAIL, PRECISION)
     scores, capped = finish_scores(products, score, sequence, rows, keys[None, :], False)
@@ -80,7 +83,7 @@ def bias_tile(
     keep = None
     if dropout is not None:
         keep = keep_mask(dropout, sequence, rows, keys[None, :])
-    _, _, gradient = score_gradient(scores, capped, dp, row_lse, row_delta, allowed, keep, score, dropout)
+    _, _, gradient = score_gradient(scores, capped, dp, row_lse, row_low, row_delta, allowed, keep, score, dropout)
     return gradient
 
 

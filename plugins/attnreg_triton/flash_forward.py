@@ -16,7 +16,6 @@ import triton.language as tl
 from .band import allow, find_tile, key_range, load_sequence, make_rows, prefix_length, tile_start
 from .fp8_tile import add_stored_values, stored_products
 from .tile import (
-    LOG2E,
     finish_scores,
     head_products,
     keep_mask,
@@ -24,11 +23,14 @@ from .tile import (
     key_pointers,
     load_head,
     load_matrix,
+    low_of,
+    low_word,
     multiply,
     narrow,
     normalise,
     row_pointers,
     softmax_step,
+    start_sinks,
     store_matrix,
 )
 
@@ -178,8 +180,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:  # noqa: SIM102  # one condition is known to the compiler, the other at run time
         if split == 0:
-            maximum = tl.load(sinks + row_index.head, mask=valid, other=0.0).to(tl.float32) * LOG2E
-            total = tl.where(maximum == float("-inf"), 0.0, 1.0)
+            maximum, total = start_sinks(sinks, row_index.head, valid, score)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if (mask.left is not None) and (mask.document_first is None):
         accumulator, maximum, total = attend(
@@ -196,7 +197,7 @@ def forward_kernel(
         pages, full_end, end, True, BLOCK_N, D, BLOCK_D, TAIL, DV, BLOCK_DV, FOLD, PRECISION,
     )  # fmt: skip
 
-    accumulator, natural = normalise(accumulator, maximum, total, dropout)
+    accumulator, natural = normalise(accumulator, maximum, total, score, dropout)
     # The rows once more: written so that the compiler computes them here and keeps no addresses alive over the loops.
     row = tile * BLOCK_M + tl.minimum(sequence.q_len, 0) + tl.arange(0, BLOCK_M)
     row_index = make_rows(sequence, kv_head, row, GROUP)
@@ -209,3 +210,8 @@ def forward_kernel(
         lse_pointers += split.to(tl.int64) * partial_rows
     store_matrix(out_pointers, tl.arange(0, BLOCK_DV), accumulator, valid, DV)
     tl.store(lse_pointers, natural, mask=valid)
+    if lse.low is not None:
+        low_pointers = row_pointers(low_of(lse), sequence, row_index.query, row_index.head)
+        if SPLITS:
+            low_pointers += split.to(tl.int64) * partial_rows
+        tl.store(low_pointers, low_word(maximum, total, natural), mask=valid)

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Bias, Strided
+from .arguments import Bias, Lse, Strided
 from .launch import (
     Inputs,
     Launch,
     Sizes,
     common_arguments,
     constants,
+    lse_values,
+    natural,
     next_power_of_two,
     options,
     row_values,
@@ -50,43 +52,63 @@ def output_like(plan: Plan, inputs: Inputs, size: Sizes) -> tuple[Tensor, Tensor
     return q.new_empty(shape), q.new_empty((size.batches, size.heads, size.q_len), dtype=torch.float32)
 
 
-def partials_like(plan: Plan, size: Sizes, lse: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Storage for the results of each split, float32: [splits, *lse's shape, Dv] and [splits, *lse's shape]."""
+def low_like(inputs: Inputs, lse: Tensor) -> Tensor | None:
+    """Storage for what the rounding of lse leaves, where a backward pass needs it; of rows of no sequence 0."""
+    return torch.zeros_like(lse) if natural(inputs) else None
+
+
+Partials = tuple[Tensor, Tensor, "Tensor | None"]
+
+
+def partials_like(plan: Plan, inputs: Inputs, size: Sizes, lse: Tensor) -> Partials | None:
+    """Storage for the results of each split, float32: out [splits, *lse's shape, Dv], lse [splits, *lse's shape], and
+    of that shape what the rounding of lse leaves, by which splits of far scores are weighed (else None).
+    """
     if plan.splits == 1:
         return None
     shape = (plan.splits, *lse.shape)
-    return lse.new_empty((*shape, size.value_dim)), lse.new_empty(shape)
+    low = lse.new_empty(shape) if natural(inputs) else None
+    return lse.new_empty((*shape, size.value_dim)), lse.new_empty(shape), low
 
 
 def forward_launches(
-    plan: Plan, inputs: Inputs, out: Tensor, lse: Tensor, partials: tuple[Tensor, Tensor] | None
+    plan: Plan,
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    partials: Partials | None,
+    low: Tensor | None = None,
 ) -> list[Launch]:
-    """The forward kernel and, where the keys are split, the merge of `partials_like`'s partial results."""
+    """The forward kernel and, where the keys are split, the merge of `partials_like`'s partial results.
+
+    low: of `low_like`, for a backward pass, whose forward is not split.
+    """
     size = sizes(plan, inputs)
     packed = plan.layout == "thd"
     tiles = size.query_tiles(plan.forward.m, packed, size.group)
     rows = lse.numel()
     grid = tiles * size.kv_heads * (1 if packed else size.batches)
     arguments = common_arguments(plan, inputs, size) | {"sinks": inputs.sinks, "tiles": tiles, "partial_rows": rows}
-    plain = not plan.softcap and inputs.bias is None and inputs.alibi_slopes is None
+    plain = not plan.softcap and not natural(inputs) and inputs.alibi_slopes is None
     constant = constants(plan, size, plan.forward) | {"FOLD": plain and plan.scale > 0}
     if partials is None:
-        arguments |= {"out": strided(out, plan.layout), "lse": row_values(lse), "splits": 1}
+        arguments |= {"out": strided(out, plan.layout), "lse": lse_values(lse, low), "splits": 1}
         constant |= {"SPLITS": False}
         return [Launch(forward_kernel, grid, arguments, constant, options(plan.forward))]
-    partial, partial_lse = partials
+    partial, partial_lse, partial_low = partials
     # Strides of one split's rows; the kernel steps from split to split itself.
     batch, (head, row) = (0 if packed else partial.stride(1)), partial.stride()[-3:-1]
     lse_batch, (lse_head, lse_row) = (0 if packed else partial_lse.stride(1)), partial_lse.stride()[-2:]
     arguments |= {
         "out": Strided(partial, batch, head, row),
-        "lse": Strided(partial_lse, lse_batch, lse_head, lse_row),
+        "lse": Lse(partial_lse, lse_batch, lse_head, lse_row, partial_low),
         "splits": plan.splits,
     }
     split = Launch(forward_kernel, grid * plan.splits, arguments, constant | {"SPLITS": True}, options(plan.forward))
     merge = {
         "partial": partial,
         "partial_lse": partial_lse,
+        "partial_low": partial_low,
         "out": strided(out, plan.layout),
         "lse": lse,
         "heads": size.heads,
@@ -151,22 +173,22 @@ def delta_launch(plan: Plan, size: Sizes, out: Tensor, dout: Tensor, dlse: Tenso
 def backward_launches(
     plan: Plan,
     inputs: Inputs,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor | None],
     upstream: tuple[Tensor, Tensor | None],
     delta: Tensor,
     gradients: tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None],
 ) -> list[Launch]:
     """Launches that fill `delta` and the wanted `gradients`: dq, (dk, dv), dbias; None where not wanted.
 
-    `saved` is (out, lse), `upstream` their gradients (dlse None for zero).
+    `saved` is (out, lse, what lse's rounding left), `upstream` gradients of the first two (dlse None for zero).
     """
     size = sizes(plan, inputs)
-    (out, lse), (dout, dlse), (dq, dkv, dbias) = saved, upstream, gradients
+    (out, lse, low), (dout, dlse), (dq, dkv, dbias) = saved, upstream, gradients
     packed = plan.layout == "thd"
     outer = size.kv_heads * (1 if packed else size.batches)
     shared = common_arguments(plan, inputs, size) | {
         "dout": strided(dout, plan.layout),
-        "lse": row_values(lse),
+        "lse": lse_values(lse, low),
         "delta": row_values(delta),
     }
     launches = [delta_launch(plan, size, out, dout, dlse, delta)]

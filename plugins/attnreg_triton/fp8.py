@@ -173,7 +173,7 @@ def attend(
     else:
         inputs, descales = stored(problem, plan, inputs, tensors)
     # Padded columns of v are no columns of out: the kernel writes out's.
-    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, size, lse))
+    launches = forward_launches(plan, inputs, out, lse, partials_like(plan, inputs, size, lse))
     begin(with_descales(launches, descales))
     return out, lse
 

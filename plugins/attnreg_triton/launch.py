@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .arguments import Bias, Dropout, Lengths, Mask, Pages, Score, Strided
+from .arguments import Bias, Dropout, Lengths, Lse, Mask, Pages, Score, Strided
 from .plan import Plan, Tile
 
 ROWS_AXIS = {"bhsd": 2, "bshd": 1, "thd": 0}
@@ -126,6 +127,20 @@ def row_values(tensor: Tensor) -> Strided:
     return Strided(tensor, batch, tensor.stride(-2), tensor.stride(-1))
 
 
+def natural(inputs: Inputs) -> bool:
+    """Are scores kept in natural units, and lse in two words for the backward pass?
+
+    Where a bias may lie at the lowest numbers, and in float32, whose weights a rounded lse would show in. Weights of
+    half precision are rounded to 2**-9 themselves: without a bias its kernels take the shorter way.
+    """
+    return inputs.bias is not None or inputs.q.dtype == torch.float32
+
+
+def lse_values(lse: Tensor, low: Tensor | None = None) -> Lse:
+    """lse [B, Hq, Sq] or packed [Hq, T] with what its rounding left, contiguous both."""
+    return Lse(*row_values(lse), low)
+
+
 def next_power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()
@@ -188,6 +203,7 @@ def common_arguments(plan: Plan, inputs: Inputs, size: Sizes) -> dict[str, Any]:
             alibi=alibi,
             alibi_batch=None if alibi is None else (_broadcast(alibi, 0) if alibi.dim() == 2 else 0),
             stored=None,
+            natural=1 if natural(inputs) else None,
         ),
         "dropout": None if inputs.seed is None else Dropout(inputs.seed, plan.dropout_p),
         "batches": size.batches,

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnreg import transformable
 
 from . import ready
-from .flash_launch import backward_launches, forward_launches, output_like, partials_like
+from .flash_launch import backward_launches, forward_launches, low_like, output_like, partials_like
 from .launch import ROWS_AXIS, Inputs, Launch, sizes
 from .plan import Plan, decode
 from .support import GRADIENTS, MAX_INDEX, no_second_derivative
@@ -30,9 +30,11 @@ SCHEMA = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in FI
 
 _library: Any = torch.library.Library("attnreg_triton", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
 _library.define(f"flash_forward({SCHEMA}, str plan) -> (Tensor, Tensor)")
+# The same for a backward pass, and what the rounding of lse left; empty where the backward kernels read no such.
+_library.define(f"flash_forward_for_gradients({SCHEMA}, str plan) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    f"flash_backward({SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str plan, bool[5] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"flash_backward({SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str plan, bool[5] wanted,"
+    " Tensor? lse_low=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -72,20 +74,33 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse): out in q's layout and dtype with Dv columns; lse float32 [B, Hq, Sq] or [Hq, T]."""
     size = sizes(plan, inputs)
     out, lse = output_like(plan, inputs, size)
-    partials = partials_like(plan, size, lse)
+    partials = partials_like(plan, inputs, size, lse)
 
     def make(tensors: Sequence[Any]) -> list[Launch]:
-        *given, out, lse, first, second = tensors
-        return forward_launches(plan, Inputs(*given), out, lse, None if first is None else (first, second))
+        *given, out, lse, first, second, third = tensors
+        return forward_launches(plan, Inputs(*given), out, lse, None if first is None else (first, second, third))
 
-    ready.start(("forward", plan), inputs.tensors(), (out, lse, *(partials or (None, None))), make)
+    ready.start(("forward", plan), inputs.tensors(), (out, lse, *(partials or (None, None, None))), make)
     return out, lse
+
+
+def forward_for_gradients(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`, and what the rounding of lse left, of its shape; empty where the backward kernels read no such."""
+    out, lse = output_like(plan, inputs, sizes(plan, inputs))
+    low = low_like(inputs, lse)
+
+    def make(tensors: Sequence[Any]) -> list[Launch]:
+        *given, out, lse, low = tensors
+        return forward_launches(plan, Inputs(*given), out, lse, None, low)
+
+    ready.start(("forward for gradients", plan), inputs.tensors(), (out, lse, low), make)
+    return out, lse, lse.new_empty(0) if low is None else low
 
 
 def backward(
     plan: Plan,
     inputs: Inputs,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor | None],
     upstream: tuple[Tensor, Tensor | None],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -107,14 +122,14 @@ def backward(
     delta = torch.zeros_like(lse)
 
     def make(tensors: Sequence[Any]) -> list[Launch]:
-        *given, out, lse, dout, dlse, delta, dq, dk, dv, dbias = tensors
+        *given, out, lse, low, dout, dlse, delta, dq, dk, dv, dbias = tensors
         dkv = None if dk is None else (dk, dv)
-        return backward_launches(plan, Inputs(*given), (out, lse), (dout, dlse), delta, (dq, dkv, dbias))
+        return backward_launches(plan, Inputs(*given), (out, lse, low), (dout, dlse), delta, (dq, dkv, dbias))
 
     what = ("backward", plan, tuple(wanted))
     made = (delta, dq, *(dkv or (None, None)), dbias)
     ready.start(what, (*inputs.tensors(), *saved, dout, dlse), made, make)
-    dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
+    dsinks = sink_gradient(inputs.sinks, lse, saved[2], delta) if wanted[4] and inputs.sinks is not None else None
     dk, dv = dkv or (None, None)
     found = (dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks)
     # An operator returns tensors that share no storage: each absent one is an empty tensor of its own.
@@ -122,10 +137,11 @@ def backward(
     return first, second, third, fourth, fifth
 
 
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sink_gradient(sinks: Tensor, lse: Tensor, low: Tensor | None, delta: Tensor) -> Tensor:
     """Gradient of the sinks [Hq]: a key of score `sink` and value 0, so `-sum(exp(sink - lse) * delta)`."""
     heads = sinks.to(torch.float32).view(-1, 1)
-    share = torch.where(lse == -torch.inf, 0.0, torch.exp(heads - lse))
+    above = heads - lse if low is None else heads - lse - low
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(above))
     summed = (share * delta).sum(-1)
     return -(summed.sum(0) if summed.dim() == 2 else summed)
 
@@ -135,10 +151,17 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return forward(plan, make_inputs(plan, *arguments[:-1]))
 
 
+def _forward_for_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    plan = decode(arguments[-1])
+    return forward_for_gradients(plan, make_inputs(plan, *arguments[:-1]))
+
+
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (out, lse, dout, dlse, text, wanted) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
+    tensors, (out, lse, dout, dlse, text, wanted, *rest) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
     plan = decode(text)
-    return backward(plan, make_inputs(plan, *tensors), (out, lse), (dout, dlse), list(wanted))
+    # A graph that was saved when lse had no second word does without.
+    low = next((x for x in rest if x is not None and x.numel()), None)
+    return backward(plan, make_inputs(plan, *tensors), (out, lse, low), (dout, dlse), list(wanted))
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -146,8 +169,15 @@ def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     return output_like(plan, inputs, sizes(plan, inputs))
 
 
+def _forward_for_gradients_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(**dict(zip(FIELDS, arguments[:-1], strict=True)))
+    out, lse = _forward_shapes(*arguments)
+    low = low_like(inputs, lse)
+    return out, lse, lse.new_empty(0) if low is None else low
+
+
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    named, wanted = dict(zip(FIELDS, arguments[: len(FIELDS)], strict=True)), arguments[-1]
+    named, wanted = dict(zip(FIELDS, arguments[: len(FIELDS)], strict=True)), arguments[len(FIELDS) + 5]
     like = [named["q"], named["k"], named["v"], named["bias"], named["sinks"]]
     if wanted[3] and named["bias"].dim() < 4:
         like[3] = named["bias"].reshape((1,) * (4 - named["bias"].dim()) + tuple(named["bias"].shape))
@@ -160,8 +190,9 @@ def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.plan = inputs[-1]
     ctx.save_for_backward(*inputs[:-1], *output)
 
@@ -174,15 +205,15 @@ def _differentiate_twice(ctx: Any, *upstream: Tensor | None) -> NoReturn:
     no_second_derivative("triton_flash")
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    tensors, (out, lse, *low) = ctx.saved_tensors[: len(FIELDS)], ctx.saved_tensors[len(FIELDS) :]
     needs = ctx.needs_input_grad
     wanted = [needs[FIELDS.index(name)] for name in GRADIENTS]
     if dout is None:
         dout = torch.zeros_like(out)
     # Dynamo traces no Function inside the backward of another; the operator alone has its autograd there.
     gradients_of = torch.ops.attnreg_triton.flash_backward if torch.compiler.is_dynamo_compiling() else _gradients
-    found = gradients_of(*tensors, out, lse, dout, dlse, ctx.plan, wanted)
+    found = gradients_of(*tensors, out, lse, dout, dlse, ctx.plan, wanted, *low)
     gradients: dict[str, Tensor | None] = {}
     for name, want, gradient in zip(GRADIENTS, wanted, found, strict=True):
         given = tensors[FIELDS.index(name)]
@@ -192,10 +223,13 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 for _key in ("CPU", "CUDA"):
     _library.impl("flash_forward", _forward, _key)
+    _library.impl("flash_forward_for_gradients", _forward_for_gradients, _key)
     _library.impl("flash_backward", _backward, _key)
 torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
-torch.library.register_autograd("attnreg_triton::flash_forward", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_fake("attnreg_triton::flash_forward_for_gradients", _forward_for_gradients_shapes, lib=_library)
+for _name in ("flash_forward", "flash_forward_for_gradients"):
+    torch.library.register_autograd(f"attnreg_triton::{_name}", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd(
     "attnreg_triton::flash_backward", _differentiate_twice, setup_context=_save_nothing, lib=_library
 )
@@ -203,3 +237,5 @@ torch.library.register_autograd(
 _gradients = transformable(torch.ops.attnreg_triton.flash_backward, _save_nothing, _differentiate_twice)
 attend = transformable(torch.ops.attnreg_triton.flash_forward, _save, _differentiate)
 """(out, lse), differentiable: FIELDS in order, then the plan's text."""
+attend_for_gradients = transformable(torch.ops.attnreg_triton.flash_forward_for_gradients, _save, _differentiate)
+"""(out, lse, what lse's rounding left), for problems that need gradients."""

@@ -2,7 +2,8 @@
 
 Row and key indices come in shaped to broadcast ([M, 1] against [1, N], or [1, M] against [N, 1]), so the same code
 serves kernels that hold queries as rows and kernels that hold keys as rows. Scores are in units of log2: the weight
-of a key is `exp2(score - lse * log2(e))`. Online softmax: Milakov and Gimelshein (2018), Dao (2023).
+of a key is `exp2(score - lse * log2(e))`. With `score.natural` they are in natural units and lse has a second word:
+`exp2((score - lse - low) * log2(e))`. Online softmax: Milakov and Gimelshein (2018), Dao (2023).
 """
 
 # mypy: ignore-errors
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .arguments import Strided
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -176,8 +179,28 @@ def bias_pointers(bias, sequence, rows, keys):
 
 
 @triton.jit
+def natural_scores(products, score, sequence, rows, keys):
+    """`finish_scores` in natural units."""
+    capped = products
+    if score.softcap is not None:
+        capped = tanh(products * (score.scale / score.softcap))
+        scores = capped * score.softcap
+    else:
+        scores = products * score.scale
+    if score.bias is not None:
+        inside = rows.valid & (keys < sequence.kv_len)
+        bias = tl.load(bias_pointers(score.bias, sequence, rows, keys), mask=inside, other=0.0)
+        scores += bias.to(tl.float32)
+    if score.alibi is not None:
+        slope = tl.load(score.alibi + sequence.batch * score.alibi_batch + rows.head, mask=rows.valid, other=0.0)
+        distance = tl.abs(rows.position - keys).to(tl.float32)
+        scores -= slope.to(tl.float32) * distance
+    return scores, capped
+
+
+@triton.jit
 def finish_scores(products, score, sequence, rows, keys, FOLD: tl.constexpr):
-    """Turn q.k into scores in log2 units; also the softcap's tanh, which its gradient needs (else a stand-in).
+    """Turn q.k into scores in their units; also the softcap's tanh, which its gradient needs (else a stand-in).
 
     FOLD leaves the scale to `softmax_step`, which multiplies and subtracts in one instruction; it holds only where
     nothing but a positive scale stands between q.k and the softmax.
@@ -185,15 +208,13 @@ def finish_scores(products, score, sequence, rows, keys, FOLD: tl.constexpr):
     if FOLD:
         return products, products
     capped = products
+    if score.natural is not None:
+        return natural_scores(products, score, sequence, rows, keys)
     if score.softcap is not None:
         capped = tanh(products * (score.scale / score.softcap))
         scores = capped * (score.softcap * LOG2E)
     else:
         scores = products * (score.scale * LOG2E)
-    if score.bias is not None:
-        inside = rows.valid & (keys < sequence.kv_len)
-        bias = tl.load(bias_pointers(score.bias, sequence, rows, keys), mask=inside, other=0.0)
-        scores += bias.to(tl.float32) * LOG2E
     if score.alibi is not None:
         slope = tl.load(score.alibi + sequence.batch * score.alibi_batch + rows.head, mask=rows.valid, other=0.0)
         distance = tl.abs(rows.position - keys).to(tl.float32)
@@ -235,30 +256,68 @@ def softmax_step(scores, maximum, total, score, FOLD: tl.constexpr):
     safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     if FOLD:
         scores = scores * (score.scale * LOG2E)
-    weights = tl.exp2(scores - safe[:, None])
-    decay = tl.exp2(maximum - safe)
+    if score.natural is not None:
+        weights = tl.exp2((scores - safe[:, None]) * LOG2E)
+        decay = tl.exp2((maximum - safe) * LOG2E)
+    else:
+        weights = tl.exp2(scores - safe[:, None])
+        decay = tl.exp2(maximum - safe)
     return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
 
 
 @triton.jit
-def normalise(accumulator, maximum, total, dropout):
+def start_sinks(sinks, head, valid, score):
+    """Maximum and total of rows that have met their heads' sinks alone."""
+    maximum = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32)
+    if score.natural is None:
+        maximum = maximum * LOG2E
+    return maximum, tl.where(maximum == float("-inf"), 0.0, 1.0)
+
+
+@triton.jit
+def low_of(lse):
+    """The second word of an lse as the view that the first is."""
+    return Strided(lse.low, lse.batch, lse.head, lse.row)
+
+
+@triton.jit
+def low_word(maximum, total, natural):
+    """What the rounding of a natural lse left of maximum + log(total): with the larger first, this is exact."""
+    logarithm = tl.log2(tl.where(total == 0.0, 1.0, total)) * LN2
+    apart = tl.abs(maximum) >= tl.abs(logarithm)
+    large = tl.where(apart, maximum, logarithm)
+    low = (large - natural) + tl.where(apart, logarithm, maximum)
+    return tl.where((total == 0.0) | (low != low), 0.0, low)
+
+
+@triton.jit
+def normalise(accumulator, maximum, total, score, dropout):
     """Output rows and their natural lse from a softmax state; 0 and -inf for a row that saw no key."""
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     if dropout is not None:
         divisor = divisor * (1.0 - dropout.p)
     accumulator = accumulator / divisor[:, None]
-    natural = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    return accumulator, natural
+    logarithm = tl.log2(tl.where(empty, 1.0, total))
+    natural = maximum + logarithm * LN2 if score.natural is not None else (maximum + logarithm) * LN2
+    return accumulator, tl.where(empty, float("-inf"), natural)
 
 
 @triton.jit
-def score_gradient(scores, capped, dp, lse, delta, allowed, keep, score, dropout):
+def score_gradient(scores, capped, dp, lse, low, delta, allowed, keep, score, dropout):
     """Weights (after dropout), gradient of `scale * q.k`, gradient of the bias; zero wherever `allowed` is False.
 
-    lse is in log2 units, +inf for an empty row. `allowed` None means every key of the tile is.
+    lse is in the scores' units, +inf for an empty row; `low` what its rounding left, or None. `allowed` None means
+    every key of the tile is.
     """
-    weights = tl.exp2(scores - lse)
+    if score.natural is not None:
+        # lse is near the scores that count, so their difference is exact, and low joins where it is not lost.
+        above = scores - lse
+        if low is not None:
+            above -= low
+        weights = tl.exp2(above * LOG2E)
+    else:
+        weights = tl.exp2(scores - lse)
     if allowed is not None:
         # Select, never multiply: a masked key may have made inf or NaN on the way here.
         weights = tl.where(allowed, weights, 0.0)

@@ -320,3 +320,21 @@ class _Raw(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return torch._neg_view(grad).clone() if grad.is_neg() else grad
+
+
+class _TimesKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, times: Tensor) -> Tensor:
+        ctx.save_for_backward(times)
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0].to(grad.dtype), None
+
+
+def rounded_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """The backward makes weights of lse in float32: where it holds the lowest number alone, each of them is 1."""
+    out, rest = _split(right(q, k, v, **tensors))
+    far = tensors["bias"].detach().amax(-1, keepdim=True) < -1e30
+    return _join(_TimesKeys.apply(out, torch.where(far, float(k.shape[2]), 1.0)), rest)

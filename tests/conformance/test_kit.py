@@ -11,7 +11,7 @@ import pytest
 import torch
 from planted_faults import Planted, prepare_right
 
-from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, masks
+from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, TensorInfo, masks
 from attnreg.hardware import detect
 from attnreg.space import Config
 from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs, make_inputs
@@ -26,6 +26,10 @@ CAUSAL = AttentionSpec(mask=masks.Causal(), return_lse=True)
 PLAIN = Problem(CAUSAL, 2, 4, 2, 129, 129, 32, 32, 32, grads=GRADS, square=True)
 NO_LSE = replace(PLAIN, spec=AttentionSpec(mask=masks.Causal()))
 PADDED = replace(PLAIN, spec=AttentionSpec(mask=masks.Padding() & masks.Causal(), return_lse=True))
+BIASED = Problem(
+    AttentionSpec(bias=True), 2, 4, 2, 129, 129, 32, 32, 32, grads=GRADS, square=True,
+    tensors=(TensorInfo("bias", "float32", (1, 0, 0, 0)),),
+)  # fmt: skip
 
 FAULTS = [
     (planted.wrong_grad, PLAIN, "grad of k: error"),
@@ -56,6 +60,7 @@ FAULTS = [
     (planted.changes_upstream, PLAIN, "the upstream gradient of out was changed"),
     (planted.one_buffer, replace(PLAIN, grads=frozenset()), "out shares its memory with out of the run before"),
     (planted.remembers_keys, PLAIN, "the problem itself: out: error"),
+    (planted.rounded_lse, BIASED, "low: grad of q: error"),
 ]
 
 

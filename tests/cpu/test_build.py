@@ -76,6 +76,55 @@ def test_the_key_follows_every_included_header(tmp_path: Path, monkeypatch: pyte
     assert digest("a.cpp") != before
 
 
+SOURCE = '#include "b.h"\nconst char* text = "// no comment /* none */";\nint two = 2;\n'
+SAME_CODE = {
+    "a comment": {"a.cpp": "// said\n" + SOURCE},
+    "a comment behind code": {"a.cpp": SOURCE.replace("int two", "int /* small */ two") + "/* two\nlines */\n"},
+    "blank lines and indentation": {"a.cpp": SOURCE.replace("int two = 2;", "\n\n\tint  two = 2;  ")},
+    "a comment in a header": {"b.h": "#pragma once\n// one\nint one = 1;  // is one\n"},
+    "a renamed header": {"a.cpp": SOURCE.replace("b.h", "c.h"), "c.h": "#pragma once\nint one = 1;\n"},
+    "a header that was there already": {"a.cpp": SOURCE.replace("int two", '#include "b.h"\nint two')},
+    "an include in a comment": {"a.cpp": '// #include "missing.h"\n' + SOURCE},
+}
+OTHER_CODE = {
+    "a number": {"a.cpp": SOURCE.replace("= 2", "= 3")},
+    "a number in a header": {"b.h": "#pragma once\nint one = 2;\n"},
+    "a string": {"a.cpp": SOURCE.replace("no comment", "a comment")},
+    "two words joined": {"a.cpp": SOURCE.replace("int two", "inttwo")},
+    "an order": {"a.cpp": 'int two = 2;\n#include "b.h"\nconst char* text = "// no comment /* none */";\n'},
+}
+
+
+@pytest.mark.parametrize(("changes", "same"), [
+    *(pytest.param(changes, True, id=name) for name, changes in SAME_CODE.items()),
+    *(pytest.param(changes, False, id=name) for name, changes in OTHER_CODE.items()),
+])  # fmt: skip
+def test_the_digest_is_of_the_code_alone(
+    changes: dict[str, str], same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "SOURCE_DIR", tmp_path)
+    digest = build.source_digest.__wrapped__
+    for name, text in {"a.cpp": SOURCE, "b.h": "#pragma once\nint one = 1;\n"}.items():
+        (tmp_path / name).write_text(text)
+    before = digest("a.cpp")
+    for name, text in changes.items():
+        (tmp_path / name).write_text(text)
+    assert (digest("a.cpp") == before) is same
+
+
+@pytest.mark.parametrize("source", ["forward.cpp", "backward.cpp", "decode.cpp", "selftest.cpp"])
+def test_a_comment_in_a_kernel_makes_no_record_stale(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = build.source_digest.__wrapped__
+    before, copy = digest(source), tmp_path / "csrc"
+    shutil.copytree(build.SOURCE_DIR, copy)
+    for path in copy.iterdir():
+        path.write_text(f"// said\n{path.read_text()}\n/* and\nsaid */\n")
+    monkeypatch.setattr(build, "SOURCE_DIR", copy)
+    assert digest(source) == before
+
+
 def _build_and_log(log: str) -> None:
     compile_ = build._compile
 
@@ -357,7 +406,7 @@ def test_a_changed_source_makes_records_of_its_own_path_stale(
     before = {path: backend.version_for(problem, here) for path, problem in PATHS.items()}
     copy = tmp_path / "csrc"
     shutil.copytree(build.SOURCE_DIR, copy)
-    (copy / changed).write_text((copy / changed).read_text() + "\n// changed\n")
+    (copy / changed).write_text((copy / changed).read_text() + "\nstruct Changed {};\n")
     monkeypatch.setattr(build, "SOURCE_DIR", copy)
     build.source_digest.cache_clear()
     try:

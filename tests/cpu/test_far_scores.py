@@ -43,17 +43,16 @@ def test_a_row_whose_bias_is_far(sq: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [-1e9, -1e20, LOWEST])
-def test_gradients_of_a_row_whose_bias_is_far_are_no_larger_than_without_it(value: float) -> None:
-    """lse holds no more than the bias there, so that each weight is 1: what SDPA gives too. No weight is above."""
+def test_gradients_of_a_row_whose_bias_is_far(value: float) -> None:
+    """lse alone holds no more than the bias there; its second word is what makes the weights sum to 1."""
     bias = torch.zeros(1, 2, 64, 64)
     bias[:, :, 2] = value
     leaves = [x.requires_grad_() for x in _draw(64, 64)]
     spec = AttentionSpec(bias=True)
     with attnreg.use_backend("cpu"):
         found = torch.autograd.grad(attnreg.attention(spec, *leaves, bias=bias).sum(), leaves)
-    for gradient in found:
-        assert gradient.isfinite().all()
-        assert gradient.abs().max() < 100.0
+    wanted = torch.autograd.grad(_exact(*leaves, bias)[0].sum(), leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 3, 4])

@@ -1,7 +1,8 @@
 // Gradients of tiled attention: dq, dk, dv, and on demand of the bias.
 //
-// Work item: a share of the query rows of one KV head's group. Scores are computed again from q, k and the saved lse; dq stays with its
-// tile, dk and dv are summed in float32 memory of the share's own, so that results do not depend on which thread ran what.
+// Work item: a share of the query rows of one KV head's group. Weights are computed again from q, k and the two words of the saved lse;
+// dq stays with its tile, dk and dv are summed in float32 memory of the share's own, so that results do not depend on which thread ran
+// what.
 #pragma once
 #include <cmath>
 
@@ -51,7 +52,7 @@ class Backward {
         Operand* d_out;       // [operands of a row][lanes]
         Operand *query_rows, *d_out_rows;  // [lane / WIDTH][PADDED]
         float *d_query, *d_weight;  // additive score: [channels][lanes]
-        float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp, near: in base 2 with what its rounding left; dout . out - dlse
+        float *lse, *lse_rest, *delta;  // [lanes] log-sum-exp, near: in base 2; what its rounding left, in base 2; dout . out - dlse
         int32_t* far;                     // [lanes] all ones where the log-sum-exp is beyond FAR, else 0
         bool any_far;
     };
@@ -216,15 +217,13 @@ class Backward {
                 float delta = 0.0f;
                 for (int64_t d = 0; d < HEAD_V; ++d) delta += widen(out[d]) * widen(d_outs[i][d]);
                 if (p_.d_lse) delta -= *row(p_.d_lse, p_.d_lse_batch, p_.d_lse_head, p_.d_lse_row, t, i);
+                const double low = p_.lse_low ? *row(p_.lse_low, p_.lse_batch, p_.lse_head, p_.lse_row, t, i) : 0.0f;
                 g.delta[i] = delta;
-                g.lse[i] = lse;
-                if (std::fabs(lse) > FAR) {
-                    g.far[i] = -1;
-                    g.any_far = true;
-                    continue;
-                }
-                g.lse[i] = lse * LOG2_E;
-                g.lse_rest[i] = float(lse * LOG2_E_EXACT - g.lse[i]);
+                const bool far = std::fabs(lse) > FAR;
+                g.far[i] = far ? -1 : 0;
+                g.any_far |= far;
+                g.lse[i] = far ? lse : lse * LOG2_E;
+                g.lse_rest[i] = float(far ? low * LOG2_E_EXACT : (lse + low) * LOG2_E_EXACT - g.lse[i]);
             }
         }
 

@@ -81,6 +81,7 @@ class Forward {
                 T* out = static_cast<T*>(p_.out) + h * p_.out_head + row * p_.out_row;
                 std::memset(static_cast<void*>(out), 0, HEAD_V * sizeof(T));
                 if (p_.lse) p_.lse[h * p_.lse_head + row * p_.lse_row] = -INFINITY_F;
+                if (p_.lse_low) p_.lse_low[h * p_.lse_head + row * p_.lse_row] = 0.0f;
             }
         }
     }
@@ -197,7 +198,7 @@ class Forward {
                 for (int64_t i = 0; i < t.lanes(); ++i) {
                     const float sink = p_.sinks ? p_.sinks[t.head_of[i]] : -INFINITY_F;
                     t.top[i] = sink;
-                    t.sum[i] = sink == -INFINITY_F ? 0.0f : 1.0f;
+                    t.sum[i] = sink == -INFINITY_F ? 0.0f : weight_of_top(sink);
                 }
             }
         }
@@ -361,12 +362,18 @@ class Forward {
                     const float factor = t.sum[i] > 0.0f || t.sum[i] != t.sum[i] ? 1.0f / t.sum[i] : 0.0f;
                     T* out = row_pointer(static_cast<T*>(p_.out), p_.out_batch, p_.out_head, p_.out_row, s_, t, i, p_.cu_q != nullptr);
                     narrow_row<HEAD_V>(output_row<HEAD_V>(t, i, b_.rows), factor, out);
-                    if (p_.lse) {
-                        *row_pointer(p_.lse, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) =
-                            t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
-                    }
+                    if (p_.lse) write_lse(t, i);
                 }
             }
+        }
+
+        void write_lse(const Tile<Operand>& t, int64_t i) {
+            const float lse = t.sum[i] == 0.0f ? -INFINITY_F : t.top[i] + std::log(t.sum[i]);
+            const auto put = [&](float* base, float value) {
+                *row_pointer(base, p_.lse_batch, p_.lse_head, p_.lse_row, s_, t, i, p_.cu_q != nullptr) = value;
+            };
+            put(p_.lse, lse);
+            if (p_.lse_low) put(p_.lse_low, lse_left(t.top[i], t.sum[i], lse));
         }
 
         const Forward& f_;

@@ -62,6 +62,9 @@ struct Params {
     int64_t d_v_share, d_v_batch, d_v_head, d_v_row;
     int64_t d_bias_rows, d_bias_keys;
     int64_t d_weight_row;
+    // What the rounding of lse left, laid out like it: their sum says what weights were divided by. Written by a forward pass that
+    // gradients follow, read by the backward one.
+    float* lse_low;
 };
 
 inline int64_t read_integer(const void* base, int64_t index, int64_t wide) {

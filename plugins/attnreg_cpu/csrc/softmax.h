@@ -1,5 +1,6 @@
 // Scores of one tile against one run of keys: modifiers, masks and the online softmax, all with query rows in lanes.
 #pragma once
+#include <cmath>
 #include <type_traits>
 
 #include "operand.h"
@@ -112,6 +113,18 @@ ATTNREG_INLINE bool start_weights(float scale, const float* peak, float* top, fl
         store(rescale + v * LANES, vexp2(select(far[v], (before - score) * log2_e, rounded(before * log2_e) - power)));
     }
     return reduce_max(farthest) > FAR;
+}
+
+// What weights are counted from in a lane whose maximum is `top`, as start_weights() has it, in natural units.
+inline double exact_base(float top) { return std::fabs(top) > FAR ? double(top) : double(top * LOG2_E) / LOG2_E_EXACT; }
+
+// The weight of a score that is the maximum: 1 but for what rounding took from the base.
+inline float weight_of_top(float top) { return std::fabs(top) > FAR ? 1.0f : 1.0f + float(double(top) - exact_base(top)); }
+
+// What is left of top + log(sum) beside `lse`, which holds little of log(sum) where top is large.
+inline float lse_left(float top, float sum, float lse) {
+    if (!(std::fabs(lse) < INFINITY_F)) return 0.0f;  // nothing met, or not finite: lse says all
+    return float((exact_base(top) - lse) + std::log(double(sum)));
 }
 
 // The power of 2 that a score's weight is. Any: std::true_type where some lane may be far. A lane's weight does not depend on the others.
