@@ -25,6 +25,7 @@ from attnreg.masks.leaves import (
     SlidingWindow,
     longformer,
 )
+from attnreg.masks.lengths import within_lengths
 
 __all__ = [
     "And",
@@ -48,4 +49,5 @@ __all__ = [
     "longformer",
     "take",
     "walk",
+    "within_lengths",
 ]
