@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,18 @@ def unwritten(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, An
     """The last row of the output is memory that nobody wrote."""
     out, rest = _split(right(q, k, v, **tensors))
     return _join(_Unwritten.apply(out), rest)
+
+
+def unwritten_workspace(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """One entry of a workspace of native code, of a size that no result has, is added before anybody wrote it."""
+    out, rest = _split(right(q, k, v, **tensors))
+    size = 8 * 1013 * 4
+    buffer = ctypes.CDLL(None).malloc
+    buffer.restype, buffer.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    address = buffer(size)
+    read = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.float32)[1013].clone()
+    ctypes.CDLL(None).free(ctypes.c_void_p(address))
+    return _join(out + (read * 1e-30).to(out.dtype), rest)
 
 
 def wrong_dtype(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
