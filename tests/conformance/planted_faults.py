@@ -188,6 +188,12 @@ def leaves_a_trace(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[st
     return _join(out + 0 * (k.detach().float() * 1e38).sum().to(out.dtype), rest)
 
 
+def reads_behind_lengths(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Multiplies every value by its weight, which is 0 behind the lengths: finite values leave no trace, NaN does."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out + (0 * v.detach()[..., :1].float() / 1e30).sum().to(out.dtype), rest)
+
+
 def empty_rows_average(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
     """A row that attends nothing gives the mean of v, as softmax of equal scores does."""
     out, rest = _split(right(q, k, v, **tensors))
