@@ -125,7 +125,6 @@ def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iter
             flavour = flavours[(n + m) % len(flavours)]
             yield Trial(_of_length(small, length), flavour, f"length {length}, {flavour}", seed=10 * n + m)
 
-
     if has_unused(problem):
         yield Trial(_of_length(small, 70), "unused", "NaN in slots that are not used", seed=2)
 

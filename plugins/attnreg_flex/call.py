@@ -91,9 +91,7 @@ class Call:
                 k, v = (torch.where(used[:, None, :, None], x, 0) for x in (k, v))
         return k, v
 
-    def _exactly(
-        self, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any], named: dict[str, Tensor]
-    ) -> Tensor:
+    def _exactly(self, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any], named: dict[str, Tensor]) -> Tensor:
         spec = self.spec
 
         def score_mod(*at: Tensor) -> Tensor:

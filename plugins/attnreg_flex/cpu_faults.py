@@ -49,9 +49,7 @@ def _most(x: Tensor) -> float:
     return most if float(low) == float(low) else math.nan
 
 
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, score_mod: Score, mask_mod: Score | None
-) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, score_mod: Score, mask_mod: Score | None) -> Tensor:
     """The attention of any values in float64, in chunks of rows; q [B, Hq, Sq, D], k and v [B, Hkv, Skv, ...].
 
     A NaN or an infinity that a row attends reaches the row. A key that no row of a chunk attends leaves no trace.

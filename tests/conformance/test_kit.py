@@ -14,7 +14,16 @@ from planted_faults import Planted, prepare_right
 from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, masks
 from attnreg.hardware import detect
 from attnreg.space import Config
-from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs, make_inputs, residues
+from attnreg.testing import (
+    BackendConformance,
+    Case,
+    GateResult,
+    cases,
+    check_backend,
+    check_inputs,
+    make_inputs,
+    residues,
+)
 from attnreg.testing.conformance import listed_refusals
 from attnreg.testing.gate import bucket_mates
 from attnreg.testing.inputs import Flavour, real_problem
