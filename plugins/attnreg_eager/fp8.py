@@ -155,8 +155,8 @@ class QuantisedCall(Call):
             keys = slice(start, start + self.block_kv)
             at = frame.cut(ALL, ALL, ALL, keys)
             live = at.live()
-            k, v, k_scale, scale = x.k[:, :, keys], x.v[:, :, keys], self.k_descale, self.v_descale
-            k_scale, scale = k_scale.of(at.bk, at, at.j), scale.of(at.bk, at, at.j)
+            k, v = x.k[:, :, keys], x.v[:, :, keys]
+            k_scale, scale = self.k_descale.of(at.bk, at, at.j), self.v_descale.of(at.bk, at, at.j)
             if live is not None:
                 # A weight of 0 does not take away a NaN: what no row attends is not read at all.
                 seen = seen_keys(live, at)

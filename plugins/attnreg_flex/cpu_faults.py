@@ -56,7 +56,6 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, score_mod: Score, mask_
     """
     batch, heads, sq, _ = q.shape
     kv_heads, skv = k.shape[1], k.shape[2]
-    group = heads // kv_heads
     keys, values = k.double(), v.double()
     b, h, j = (
         torch.arange(n, device=q.device).view(shape)

@@ -135,8 +135,9 @@ def test_what_unused_slots_hold_leaves_no_trace(name: str, case: str, grad: bool
     clean = CASES[case](0.0, dtype)
     try:
         out, grads = _run(name, clean, grad)
-    except errors.AttnregError as error:
-        assert name != "eager", error
+    except errors.AttnregError:
+        if name == "eager":
+            raise
         return  # refused with its reasons, whatever the slots hold
     want, want_grads = _reference(clean)
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
