@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["fills_memory", "filled_memory"]
+__all__ = ["filled_memory", "fills_memory"]
 
 M_PERTURB = -6
 NAN_BYTES = 0x100

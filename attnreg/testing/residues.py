@@ -87,7 +87,7 @@ def residue_rows(*, slow: bool = False) -> tuple[Row, ...]:
 
 
 def residue_problem(row: Row, grads: frozenset[str] = frozenset({"q", "k", "v"})) -> Problem:
-    """The Problem of a row. A paged cache holds the pages that its keys need, and `seqused_k` says how many those are."""
+    """The Problem of a row. A paged cache has the pages that its keys need; `seqused_k` says how many are used."""
     page, dim = row["page_size"], row["head_dim"]
     spec = AttentionSpec(mask=MASKS[row["mask"]], page_size=page, return_lse=bool(grads))
     skv = row["skv"] if page is None else -(-row["skv"] // page) * page

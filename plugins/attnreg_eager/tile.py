@@ -126,7 +126,8 @@ def seen_keys(live: Tensor, at: Frame) -> Tensor:
     seen = live[(None,) * (4 - live.dim())].any(2, keepdim=True)
     if at.group == 1 or seen.shape[1] == 1:
         return seen
-    by_kv = seen.unflatten(1, (-1, at.group)).any(2, keepdim=True)
+    batch, heads, _, keys = seen.shape
+    by_kv = seen.reshape(batch, heads // at.group, at.group, 1, keys).any(2, keepdim=True)
     return by_kv.expand(-1, -1, at.group, -1, -1).flatten(1, 2)
 
 

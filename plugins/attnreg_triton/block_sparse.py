@@ -118,8 +118,9 @@ def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, ten
     used, lengths = tensors.get("seqused_k"), tensors.get("kv_lengths")
     # Padding may be one side of a union: `kv_lengths` places the queries, and the layout alone says what is masked.
     # Where no query attends a key behind it, none is loaded either: a weight of 0 would not take away a NaN.
-    unused = lengths is not None and masks.within_lengths(spec.mask)
-    last = used if not unused else lengths if used is None else torch.minimum(lengths, used)
+    last = used
+    if lengths is not None and masks.within_lengths(spec.mask):
+        last = lengths if used is None else torch.minimum(lengths, used)
     named |= {"q": q, "k": k, "v": v, "kv_lengths": last, "prefix_lengths": None}
     if spec.dropout_p > 0:
         generator = tensors.get("generator")
