@@ -26,6 +26,7 @@ from attnreg.masks.leaves import (
     longformer,
     state,
 )
+from attnreg.masks.lengths import within_lengths
 
 __all__ = [
     "And",
@@ -50,4 +51,5 @@ __all__ = [
     "state",
     "take",
     "walk",
+    "within_lengths",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from attnreg.backend import error_text
 from attnreg.testing.bounds import Limit, Truth, find_truths, lse_rows
 from attnreg.testing.inputs import Inputs
+from attnreg.testing.poison import filled_memory
 from attnreg.testing.run_once import (
     Outcome,
     Refused,
@@ -88,7 +89,7 @@ def _measured(run: Callable[..., Any], inputs: Inputs, truth: Truth, poison: boo
     """The errors of two runs, or Refused. The second one tells whether the candidate keeps something of the first."""
     watch = Watch(inputs)
     heap_poison(inputs, float("nan"))
-    with poisoned_allocations() if poison else contextlib.nullcontext():
+    with filled_memory(), poisoned_allocations() if poison else contextlib.nullcontext():
         first = run_once(run, inputs, *truth.weights())
     watch.check()
     _clean(first)

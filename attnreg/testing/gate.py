@@ -15,6 +15,7 @@ from attnreg.testing.bounds import Truth, find_truths
 from attnreg.testing.candidate import GateResult, check_candidate, sample_rows
 from attnreg.testing.dropout import check_dropout
 from attnreg.testing.inputs import Flavour, Inputs, make_inputs
+from attnreg.testing.unused import has_unused
 
 __all__ = [
     "LENGTHS",
@@ -27,8 +28,8 @@ __all__ = [
     "trials",
 ]
 
-LENGTHS = (1, 63, 65, 127, 129, 192)
-"""No multiple of a tile, one short of one, one more than one, and L % 128 == 64."""
+LENGTHS = (1, 63, 65, 127, 129, 192, 40, 20)
+"""No multiple of a tile, one short of one, one more than one, L % 128 == 64, L % 16 == 8, and L % 8 == 4."""
 
 ORDER: tuple[Flavour, ...] = ("normal", "constant", "empty", "huge", "low", "large")
 PAIRS = {"quick": 1 << 20, "full": 1 << 24}
@@ -111,7 +112,7 @@ def check_inputs(
 
 
 def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iterator[Trial]:
-    """What the gate tries, in order: the problem, its bucket, the gradients of a sum, the lengths."""
+    """What the gate tries, in order: the problem, its bucket, the gradients of a sum, the lengths, unused slots."""
     yield Trial(problem, "normal", "the problem itself")
     for n, other in enumerate(bucket_mates(problem)):
         yield Trial(other, ("large", "low", "empty")[n % 3], "another size of the same bucket", seed=n + 1)
@@ -123,6 +124,9 @@ def trials(problem: Problem, budget: Literal["quick", "full"] = "quick") -> Iter
         for m in range(len(flavours) if budget == "full" else 1):
             flavour = flavours[(n + m) % len(flavours)]
             yield Trial(_of_length(small, length), flavour, f"length {length}, {flavour}", seed=10 * n + m)
+
+    if has_unused(problem):
+        yield Trial(_of_length(small, 70), "unused", "NaN in slots that are not used", seed=2)
 
 
 def _prepare(backend: Backend, problem: Problem, config: Config, hardware: Hardware, first: bool) -> Callable[..., Any]:

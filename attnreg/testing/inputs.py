@@ -17,18 +17,19 @@ from attnreg.testing.meaning import Place, allowed
 from attnreg.testing.named import Draw, named_tensors
 from attnreg.testing.quantised import grouped, largest, stored
 from attnreg.testing.sequences import as_rows, from_rows, key_rows, shapes
+from attnreg.testing.unused import fill_unused
 from attnreg.validate import check
 
 __all__ = ["FLAVOURS", "Flavour", "Inputs", "call_tensors", "make_inputs", "real_problem"]
 
-Flavour = Literal["normal", "large", "constant", "empty", "low", "huge", "expanded", "strided", "edges"]
+Flavour = Literal["normal", "large", "constant", "empty", "low", "huge", "expanded", "strided", "edges", "unused"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 """normal: unit noise. large: logits of some tens. constant: all queries and all keys are one row. empty: rows that
 attend nothing, wherever the spec has a tensor or a size that can make some. low: lse below -88, where exp(lse)
 is 0 in float32. huge: the largest finite values in every key that no query may attend, stale pages included.
 expanded: stride 0. strided: last dimension not dense. edges: bias entries of -inf and +-1e4, windows and
 prefixes at their ends. low and edges: a row of the bias at the lowest number, where a float32 lse holds no log of a
-sum."""
+sum. unused: NaN and infinities wherever a slot is not used, see `attnreg.testing.unused`."""
 
 HUGE_PAIRS = 1 << 26
 
@@ -99,6 +100,8 @@ def _made(draw: Draw, flavour: Flavour) -> Inputs:
     q, k, v = _q_k_v(draw, tensors)
     if flavour == "huge":
         k, v = _huge(problem, q, k, v, tensors)
+    elif flavour == "unused":
+        k, v, tensors = fill_unused(problem, q, k, v, tensors)
     classes = {"expanded": ("expanded",) * 3, "strided": ("strided",) * 3}.get(flavour, problem.strides)
     q, k, v = (_lay_out(x, cls) for x, cls in zip((q, k, v), classes, strict=True))
     for name in problem.grads:

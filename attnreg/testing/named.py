@@ -245,6 +245,8 @@ def _kv_lengths(draw: Draw, made: dict[str, Any]) -> Tensor:
     """At least the queries where there is room, so that a causal row sees something; 0 somewhere under "empty"."""
     p = draw.problem
     most = _most_keys(draw)
+    if draw.flavour == "unused":  # one key at least is not used, half of them at most
+        return (most - 1 - (most * draw.uniform(p.batch) / 2).long()).clamp_min(0)
     least = torch.tensor(draw.q_lens or [p.sq] * p.batch, device=draw.device).minimum(most).clamp_min(1).minimum(most)
     if draw.flavour == "empty":
         least = torch.zeros_like(most)

@@ -18,6 +18,7 @@ from attnreg.spec import AttentionSpec
 from attnreg.testing.meaning import Place, allowed
 from attnreg.testing.quantised import Rounding, descaled, grouped
 from attnreg.testing.sequences import Shape, put_together, shapes, take_apart
+from attnreg.testing.unused import keys_used
 
 __all__ = ["Part", "attend", "oracle"]
 
@@ -133,6 +134,9 @@ def _sequence(
 ) -> Part:
     q_one, k_one, v_one = take_apart(spec, one, q, k, v, tensors)
     q_one, k_one, v_one = descaled(spec, one, q_one[:, rows], k_one, v_one, tensors, how.dtype)
+    # What is not used is no part of the call, whatever it holds: not of a scale that rounding takes, either.
+    there = torch.arange(one.skv, device=q.device)[:, None] < keys_used(spec, one, tensors)
+    k_one, v_one = (torch.where(there, x, torch.zeros((), dtype=x.dtype, device=x.device)) for x in (k_one, v_one))
     if how.rounding is not None:
         q_one, k_one, v_one = how.rounding.inputs(q_one, k_one, v_one)
     heads, width = q_one.shape[0], q_one.shape[-1] if isinstance(spec.score, scores.Additive) else 1

@@ -1,7 +1,8 @@
 """The public table of problems: every feature of the spec, odd lengths, strides, empty rows, adversarial values.
 
 `cases()` is the table that every backend runs; `cases(slow=True)` the larger grid of the same rows. A row is a
-feature; the flavours and sizes that it is tried with follow from one rule, `PLAN`.
+feature; the flavours and sizes that it is tried with follow from one rule, `PLAN`. Which residues of sizes it covers
+beside that, in pairs, `attnreg.testing.residues` says; which slots hold NaN, `attnreg.testing.unused`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from attnreg import scores, sparsity
 from attnreg.problem import DIFFERENTIABLE, Problem, TensorInfo
 from attnreg.spec import AttentionSpec, HeadGrouping, Precision
 from attnreg.testing.inputs import Flavour, Inputs, make_inputs
+from attnreg.testing.residues import Row, residue_problem, residue_rows
+from attnreg.testing.unused import has_unused
 
 __all__ = ["Case", "Feature", "cases", "features"]
 
-LENGTHS = (1, 63, 65, 127, 129, 192)
+LENGTHS = (1, 63, 65, 127, 129, 192, 40)
 
 
 @dataclass(frozen=True)
@@ -253,8 +256,9 @@ def cases(*, slow: bool = False) -> tuple[Case, ...]:
     plan = GRID if slow else PLAN
     out = [_case(row, flavour, dtype, sq, skv) for row in features() for flavour, dtype, sq, skv in plan]
     if not slow:
-        out += _lengths() + _values()
+        out += _lengths() + _values() + _unused()
         out += [_bare(row) for row in features()]
+        out += _residues(residue_rows())
         # Caches are read far more often without gradients than with them.
         paged = [row for row in features() if row.spec.page_size is not None and "forward" not in row.tags]
         more = [replace(_case(row, *how).bare(), tags=row.tags - CORE) for row in paged for how in PLAN]
@@ -297,6 +301,32 @@ def _values() -> list[Case]:
     out += [_case(row, "normal", "float64", 90, 90) for row in rows]
     out += [_case(row, "huge", "float16", 66, 130) for row in rows]
     return out
+
+
+def _unused() -> list[Case]:
+    """NaN in every slot that is not used, for each feature that can have some."""
+    every = [_case(row, "unused", "float32", 67, 130) for row in features()]
+    every = [replace(case, tags=case.tags - CORE) for case in every if has_unused(case.problem)]
+    inference = ("padding", "decode_padding_65", "paged_bhsd_decode", "paged_lengths", "bshd")
+    bare = [case.bare() for case in every if case.name.split("/")[0] in inference]
+    half = [_case(row, "unused", "bfloat16", 67, 130) for row in features() if row.name in inference]
+    return every + bare + [replace(case, tags=case.tags - CORE) for case in half]
+
+
+def _residues(rows: tuple[Row, ...]) -> list[Case]:
+    """Each row, and as inference those of 8 keys beyond 16 under the head dimensions that are vectors of some kind."""
+    out = [Case(_residue_name(row), residue_problem(row), seed=n) for n, row in enumerate(rows)]
+    plain = {"page_size": None, "mask": "full", "dtype": "float32", "batch": 2, "group": 2, "sq": 17}
+    for n, (skv, width) in enumerate(((40, 8), (24, 16), (57, 19), (72, 64))):
+        row = {**plain, "skv": skv, "head_dim": width}
+        out.append(Case(f"{_residue_name(row)}/bare", residue_problem(row, frozenset()), seed=n))
+    return out
+
+
+def _residue_name(row: Row) -> str:
+    page = "" if row["page_size"] is None else f"_p{row['page_size']}"
+    sizes = f"{row['sq']}x{row['skv']}_d{row['head_dim']}_g{row['group']}_b{row['batch']}{page}"
+    return f"residue/{row['mask']}_{sizes}/{row['dtype']}"
 
 
 def _case(row: Feature, flavour: Flavour, dtype: str, sq: int, skv: int, what: str = "") -> Case:

@@ -13,7 +13,7 @@ from attnreg.spec import AttentionSpec
 from attnreg.testing.sequences import Shape
 from attnreg.validate import FLOAT8
 
-__all__ = ["Rounding", "descaled", "grouped", "largest", "stored"]
+__all__ = ["Rounding", "block_size", "descaled", "grouped", "largest", "stored"]
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -55,11 +55,11 @@ def _scale(
     if value.dim() == 1:
         return value[:, None, None]
     count = value.shape[-1]
-    block = spec.page_size or _block(one.longest, count)
+    block = spec.page_size or block_size(one.longest, count)
     return value[:, torch.arange(rows, device=value.device) // block, None]
 
 
-def _block(skv: int, count: int) -> int:
+def block_size(skv: int, count: int) -> int:
     """The smallest power of two that covers `skv` keys with `count` blocks."""
     block = 1
     while block * count < skv:

@@ -28,6 +28,8 @@ class Layouts:
     def __init__(self, problem: Problem, block_q: int, block_kv: int) -> None:
         self._spec = problem.spec
         self._heads = problem.q_heads
+        # A key behind a length that the mask respects is not read: a weight of 0 would not take away a NaN.
+        self._stops = int(masks.within_lengths(self._spec.mask))
         self._blocks = (block_q, block_kv)
         self._kept: collections.OrderedDict[Any, blocks.BlockLayout] = collections.OrderedDict()
 
@@ -47,6 +49,7 @@ class Layouts:
             "layout_lines": layout.n_q,
             "layout_block_q": layout.block_q,
             "layout_block_kv": layout.block_kv,
+            "padding": self._stops,
         }
         return fields, layout
 

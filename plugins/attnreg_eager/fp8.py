@@ -40,7 +40,7 @@ from torch import Tensor
 from attnreg import masks
 from attnreg_eager.chunks import ALL, Call, Operands
 from attnreg_eager.frame import Frame
-from attnreg_eager.tile import by_kv_head, finish, finite
+from attnreg_eager.tile import by_kv_head, finish, finite, only_seen, seen_keys
 
 __all__ = ["Descale", "QuantisedCall", "hadamard", "quantise"]
 
@@ -154,25 +154,39 @@ class QuantisedCall(Call):
         for start in range(0, frame.j.shape[-1], self.block_kv):
             keys = slice(start, start + self.block_kv)
             at = frame.cut(ALL, ALL, ALL, keys)
-            factor = (self.q_descale.of(at.bq, at, at.i) * self.k_descale.of(at.bk, at, at.j)) * tile.factor
-            s = by_kv_head(x.q, x.k[:, :, keys].mT) * factor
+            live = at.live()
+            k, v = x.k[:, :, keys], x.v[:, :, keys]
+            k_scale, scale = self.k_descale.of(at.bk, at, at.j), self.v_descale.of(at.bk, at, at.j)
+            if live is not None:
+                # A weight of 0 does not take away a NaN: what no row attends is not read at all.
+                seen = seen_keys(live, at)
+                k, v = only_seen(k, seen, at), only_seen(v, seen, at)
+                k_scale = torch.where(seen, k_scale, 0.0)
+                alone = scale.shape[-1] > 1 and not _constant(self.v_descale, start, self.block_kv)
+                scale = torch.where(seen, scale, 0.0) if alone else _of_all(scale, seen)
+            factor = (self.q_descale.of(at.bq, at, at.i) * k_scale) * tile.factor
+            s = by_kv_head(x.q, k.mT) * factor
             bias = x.bias if x.bias is None or x.bias.shape[3] == 1 else x.bias[..., keys]
-            s, live = tile.logits(at, s, bias, x.slopes)
+            s, live = tile.logits(at, s, bias, x.slopes, live)
             new = torch.maximum(m, s.detach().amax(-1))
             p = torch.exp2((s - finite(new).unsqueeze(-1)) * LOG2E)
             p = p if live is None else torch.where(live, p, 0.0)
             shrink = torch.exp2((m - finite(new)) * LOG2E)
             total, m = total * shrink + p.sum(-1), new
             p = p if keep is None else torch.where(keep[..., keys], p, 0.0)
-            scale = self.v_descale.of(at.bk, at, at.j)
             if scale.shape[-1] > 1 and not _constant(self.v_descale, start, self.block_kv):
                 p, scale = p * scale, scale.new_ones(())
             else:
                 scale = scale[..., :1]
-            share = by_kv_head(_round(p * weight_scale, self.dtype), x.v[:, :, keys])
+            share = by_kv_head(_round(p * weight_scale, self.dtype), v)
             acc = acc * shrink.unsqueeze(-1) + share * (scale / weight_scale)
         out, lse = finish((acc, total, m), x.sinks)
         return (out if keep is None else out / (1 - spec.dropout_p)), lse
+
+
+def _of_all(scale: Tensor, seen: Tensor) -> Tensor:
+    """The one scale of some keys, 0 where none of them is seen."""
+    return torch.where(seen.any(-1, keepdim=True), scale[..., :1], 0.0)
 
 
 def _constant(scale: Descale, start: int, count: int) -> bool:

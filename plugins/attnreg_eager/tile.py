@@ -12,7 +12,7 @@ from attnreg import AttentionSpec, masks, scores
 from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
 
-__all__ = ["Part", "Tile", "by_kv_head", "finish", "finite", "merge"]
+__all__ = ["Part", "Tile", "by_kv_head", "finish", "finite", "merge", "only_seen", "seen_keys"]
 
 Keep = Callable[[tuple[int, ...]], Tensor]
 Part = tuple[Tensor, Tensor, Tensor]
@@ -44,7 +44,13 @@ class Tile:
         weight: the score's, [1 or Hq, ...]. slopes: of ALiBi, [1 or B, Hq].
         """
         dtype, spec = self.dtype, self.spec
-        s, live = self.logits(at, self._scores(at, q.to(dtype), k.to(dtype), weight), bias, slopes)
+        live = at.live()
+        k, v = k.to(dtype), v.to(dtype)
+        seen = None if live is None else seen_keys(live, at)
+        if seen is not None:
+            # A weight of 0 does not take away a NaN: what no row of the tile attends is not read at all.
+            k, v = only_seen(k, seen, at), only_seen(v, seen, at)
+        s, live = self.logits(at, self._scores(at, q.to(dtype), k, weight, seen), bias, slopes, live)
         top = s.detach().amax(-1) if s.shape[-1] else s.detach().new_full(s.shape[:-1], -torch.inf)
         p = torch.exp(s - finite(top).unsqueeze(-1))
         if live is not None:
@@ -55,13 +61,17 @@ class Tile:
             p = torch.where(self.dropout(tuple(p.shape)), p / (1 - spec.dropout_p), 0.0)
         scale = self.scales.keys("v_descale", at, dtype)
         if scale is not None:
-            p = p * scale
-        return by_kv_head(p, v.to(dtype)), total, top
+            p = p * (scale if seen is None else torch.where(seen, scale, 0.0))
+        return by_kv_head(p, v), total, top
 
-    def logits(self, at: Frame, s: Tensor, bias: Tensor | None, slopes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Softcap, bias, ALiBi and mask over raw scores s; and where a row may attend, None for everywhere."""
+    def logits(
+        self, at: Frame, s: Tensor, bias: Tensor | None, slopes: Tensor | None, live: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softcap, bias, ALiBi and mask over raw scores s; and where a row may attend, None for everywhere.
+
+        live: `at.live()`, to which a bias of -inf is added.
+        """
         dtype, spec = self.dtype, self.spec
-        live = at.live()
         if bias is not None:
             bias = bias.to(dtype)
             # A bias of -inf is a mask: as one, it leaves no inf - inf behind, whatever the key holds.
@@ -78,12 +88,17 @@ class Tile:
             s = s - masks.take(slopes, at.bq, at.h) * (at.p - at.j).abs().to(dtype)
         return s if live is None else torch.where(live, s, -torch.inf), live
 
-    def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None) -> Tensor:
-        """Raw scores [B, Hq, sq, skv] of q [B, Hq, sq, Dq] and k [B, Hkv, skv, Dk], scaled."""
+    def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None, seen: Tensor | None) -> Tensor:
+        """Raw scores [B, Hq, sq, skv] of q [B, Hq, sq, Dq] and k [B, Hkv, skv, Dk], scaled.
+
+        seen: see `seen_keys`; the scale of a key that is not seen is not read.
+        """
         rows = self.scales.rows(at, self.dtype)
         if rows is not None:
             q = q * rows
         columns = self.scales.keys("k_descale", at, self.dtype)
+        if columns is not None and seen is not None:
+            columns = torch.where(seen, columns, 0.0)
         if isinstance(self.spec.score, scores.Additive):
             return _additive(at, q, k, columns, weight)
         if weight is not None:
@@ -104,6 +119,21 @@ def _additive(at: Frame, q: Tensor, k: Tensor, columns: Tensor | None, weight: T
         keys = keys * columns.mT
     hidden = torch.tanh(q.unsqueeze(3) + keys.unsqueeze(2))
     return (hidden @ weight.view(1, -1, 1, hidden.shape[-1], 1)).squeeze(-1)
+
+
+def seen_keys(live: Tensor, at: Frame) -> Tensor:
+    """Bool [B or 1, Hq or 1, 1, Skv or 1]: keys that some row attends, in any query head of the same KV head."""
+    seen = live[(None,) * (4 - live.dim())].any(2, keepdim=True)
+    if at.group == 1 or seen.shape[1] == 1:
+        return seen
+    batch, heads, _, keys = seen.shape
+    by_kv = seen.reshape(batch, heads // at.group, at.group, 1, keys).any(2, keepdim=True)
+    return by_kv.expand(-1, -1, at.group, -1, -1).flatten(1, 2)
+
+
+def only_seen(x: Tensor, seen: Tensor, at: Frame) -> Tensor:
+    """Keys or values x [B, Hkv, Skv, ..] with zeros where `seen` (see `seen_keys`) says False."""
+    return torch.where(seen[:, :: at.group if seen.shape[1] > 1 else 1].mT, x, 0.0)
 
 
 def by_kv_head(x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from attnreg import Hardware, Problem, SearchSpace, blocks, masks, scores, sparsity
 from attnreg_flex.call import Call
+from attnreg_flex.cpu_faults import WRONG_DIMS
 
 __all__ = ["Flex", "compiler_missing"]
 
@@ -47,6 +48,11 @@ class Flex:
         if spec.deterministic and problem.needs_grad:
             out.append("deterministic: gradients of captured tensors are added atomically and do not repeat")
         return out + (_cpu_reasons(problem) if problem.device == "cpu" else [])
+
+    def version_for(self, problem: Problem, hardware: Hardware) -> str:
+        """Head dimensions that torch's own code gets wrong run wider than they did."""
+        repaired = problem.device == "cpu" and problem.head_dim_k in WRONG_DIMS
+        return f"2+torch{torch.__version__}" if repaired else self.version
 
     def space(self, problem: Problem, hardware: Hardware) -> SearchSpace:
         """block_q, block_kv: rows and keys of a block that is skipped or run as one. upcast: as for SDPA."""

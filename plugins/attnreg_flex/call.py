@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem, scores
+from attnreg import Problem, masks, scores
+from attnreg_flex import cpu_faults, mods
 from attnreg_flex.compiled import Attend, compiled, sized
 from attnreg_flex.layout import Tables, heads_first, paged
 
@@ -26,6 +27,8 @@ class Call:
         self.group = problem.group
         self.grad = problem.needs_grad
         self.wants_lse = spec.return_lse or spec.sinks
+        self.on_cpu = problem.device == "cpu"
+        self.lengths = [name for name in ("kv_lengths",) if masks.within_lengths(spec.mask)] + ["seqused_k"]
         self.out_dtype = problem.out_dtype
         own: torch.dtype = getattr(torch, problem.dtype)
         self.compute = torch.float32 if config.get("upcast") else own
@@ -68,9 +71,37 @@ class Call:
             wide = torch.promote_types(q.dtype, weight.dtype)
             q = (q.to(wide) @ weight.to(wide)).to(k.dtype)
         blocks, named = self.tables.of(batch, sq, skv, q.device, tensors)
+        if not self.on_cpu:
+            k, v = self._used(k, v, tensors)
+        elif not cpu_faults.ordinary(q, k, v, self.scale):
+            k, v = self._used(k, v, tensors)
+            if not cpu_faults.ordinary(q, k, v, self.scale):
+                return self._exactly(q, k, v, tensors, named), None
+        if self.on_cpu:
+            q, k = cpu_faults.widened(q), cpu_faults.widened(k)
         q, k, v = (sized(x, 0, 2) for x in (q, k, v))
         got = self._compiled(batch, sq, skv, named)(q, k, v, blocks, named)
         return got if self.wants_lse else (got, None)
+
+    def _used(self, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """k and v with zeros behind each sequence's length: a weight of 0 would not take away a NaN."""
+        for name in self.lengths:
+            if tensors.get(name) is not None:
+                used = torch.arange(k.shape[2], device=k.device) < tensors[name].view(-1, 1)
+                k, v = (torch.where(used[:, None, :, None], x, 0) for x in (k, v))
+        return k, v
+
+    def _exactly(self, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any], named: dict[str, Tensor]) -> Tensor:
+        spec = self.spec
+
+        def score_mod(*at: Tensor) -> Tensor:
+            return mods.score_mod(spec, named, *at)
+
+        def mask_mod(*at: Tensor) -> Tensor:
+            return mods.mask_mod(spec, named, *at)
+
+        restricted = mods.restricts(spec, tensors)
+        return cpu_faults.exact(q, k, v, self.scale, score_mod, mask_mod if restricted else None)
 
     def _compiled(self, batch: int, sq: int, skv: int, named: dict[str, Tensor]) -> Attend:
         """Code for what stays fixed: sizes of 1, the named tensors' sizes, and the threads, which size its buffers."""

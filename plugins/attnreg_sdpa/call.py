@@ -33,7 +33,8 @@ def prepared(problem: Problem, config: Mapping[str, Any]) -> Callable[..., Any]:
     causal = form == "causal"
     # Under a trace equal sizes may stand for symbols that differ later.
     assumed = causal and spec.align != "top_left" and not problem.square
-    if says_more or form == "mask" or assumed or (causal and problem.head_dim != problem.head_dim_v):
+    few = general.guarded.hosted and problem.skv <= exact.FEW  # see exact.loses_nan
+    if says_more or few or form == "mask" or assumed or (causal and problem.head_dim != problem.head_dim_v):
         return general
     grouping = config.get("grouping", "")
     if grouping == "expand" or (grouping == "pack" and causal):
@@ -72,7 +73,7 @@ def _watched(run: Callable[..., Any], general: Call) -> Callable[..., Any]:
     """`run`, unless k or v hold values with which a masked pair could reach a gradient."""
 
     def watched(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return general.guarded.exactly(q, k, v, None, True)[0].to(q.dtype) if exact.too_large(k, v) else run(q, k, v)
+        return general.guarded(q, k, v, None, True)[0].to(q.dtype) if exact.too_large(k, v) else run(q, k, v)
 
     return watched
 

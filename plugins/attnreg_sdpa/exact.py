@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "clamped", "far_rows", "has_nan", "too_large"]
+__all__ = ["attend", "clamped", "far_rows", "has_nan", "loses_nan", "seen_alone", "too_large"]
 
 LARGE = 1e15  # products of two values below this, summed over any head_dim, stay finite in float32
 FAR = 1024.0  # a row's lse beyond it, rounded to float32, is off by 2**-14 at least, and so is each weight made of it
 PAIRS = 1 << 24  # scores held at once
+FEW = 16  # a vector of float32 where vectors are longest
 
 
 def has_nan(out: Tensor) -> bool:
@@ -21,8 +22,8 @@ def has_nan(out: Tensor) -> bool:
 
 
 def too_large(k: Tensor, v: Tensor) -> bool:
-    """May products with k or v overflow float32? Reads both once; never true for float16."""
-    if k.dtype == torch.float16 or k.numel() == 0 or v.numel() == 0:
+    """May products with k or v overflow float32? Reads both once; of float16, NaN and infinity alone."""
+    if k.numel() == 0 or v.numel() == 0:
         return False
     for x in (k, v):
         low, high = torch.aminmax(x.detach())
@@ -38,6 +39,29 @@ def far_rows(mask: Tensor) -> Tensor:
     top = mask.detach().amax(-1)
     far = (top.abs() > FAR) & (top > -math.inf)
     return far.flatten(0, 1).any(0).nonzero().squeeze(1)
+
+
+def loses_nan(q: Tensor, k: Tensor) -> bool:
+    """Is there a NaN that torch's flash kernel for the CPU drops?
+
+    It compares scores one by one where there are fewer than a vector holds, and a NaN loses each comparison: a row of
+    nothing but NaN counts as a row that attends nothing. Seen in torch 2.13 for up to 15 keys.
+    """
+    return 0 < k.shape[2] < FEW and (has_nan(q) or has_nan(k))
+
+
+def seen_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k and v with zeros for keys that no row attends, whose weight of 0 would not take away a NaN.
+
+    mask: additive [B or 1, Hq or 1, Sq, Skv]; None for a causal one that counts from the top left.
+    """
+    if mask is None:
+        alive = torch.arange(k.shape[2], device=k.device).view(1, 1, -1) < q.shape[2]
+    else:
+        alive = (mask.detach() > -math.inf).any(-2)
+    if alive.shape[1] not in (1, k.shape[1]):
+        alive = alive.reshape(alive.shape[0], k.shape[1], -1, alive.shape[2]).any(2)
+    return torch.where(alive.unsqueeze(-1), k, 0), torch.where(alive.unsqueeze(-1), v, 0)
 
 
 def attend(
@@ -85,13 +109,10 @@ def clamped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tupl
     Keys that no query attends become 0. What is left of k is clamped where its product with the largest query
     would overflow float32, which no finite result can need.
     """
-    allowed = mask.detach() > -math.inf
-    alive = allowed.any(-2)
-    if alive.shape[1] not in (1, k.shape[1]):
-        alive = alive.reshape(alive.shape[0], k.shape[1], -1, alive.shape[2]).any(2)
-    k, v = (torch.where(alive.unsqueeze(-1), x, 0) for x in (k, v))
+    k, v = seen_alone(q, k, v, mask)
     if k.dtype == torch.float16:
         return k, v
     most = torch.finfo(torch.float32).max / (4 * q.shape[-1] * max(abs(scale), 1.0))
-    limit = (most / q.detach().abs().amax().float().clamp(min=1.0)).to(k.dtype)
+    # A NaN in one row of q is that row's alone.
+    limit = (most / q.detach().abs().nan_to_num(1.0).amax().float().clamp(min=1.0)).to(k.dtype)
     return k.clamp(-limit, limit), v

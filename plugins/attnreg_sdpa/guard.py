@@ -25,9 +25,9 @@ class Guarded:
 
     mask: additive [B or 1, Hq or 1, Sq, Skv] or None; causal counts from the top left. A row without a key
     gives 0 and lse -inf, and gradient 0. torch's kernels add the mask to the score, so a score that overflows
-    at a masked pair (inf - inf) makes a NaN: on the CPU that is seen and computed again in float64; in a trace
-    and on a GPU, where no value can be read, k and v are made harmless first. Gradients of rows whose bias is far
-    from 0 are computed in float64 too, see `_repaired`.
+    at a masked pair (inf - inf) makes a NaN: on the CPU that is seen and computed again, without the keys that no
+    row attends or, where that does not help, in float64; in a trace and on a GPU, where no value can be read, k and
+    v are made harmless first. Gradients of rows whose bias is far from 0 are computed in float64 too, see `_repaired`.
     """
 
     def __init__(self, problem: Problem, config: Mapping[str, Any]) -> None:
@@ -62,18 +62,24 @@ class Guarded:
             q = q * self.factor
         fragile = mask is not None or (causal and (self.grad or self.adds_causal))
         if not fragile:
+            if self.hosted and not self.dropout_p and exact.loses_nan(q, k):
+                return self.exactly(q, k, v, None, causal)
             return self._grouped(q, k, v, None, causal)
-        if self.hosted:
-            # Dropout cannot be computed again; its probabilities are gone.
-            if self.dropout_p:
-                return self._harmless(q, k, v, mask, causal)
-            if self.grad and exact.too_large(k, v):
+        if not self.hosted or self.dropout_p:  # dropout cannot be computed again; its probabilities are gone
+            return self._harmless(q, k, v, mask, causal)
+        if self.grad and exact.too_large(k, v):
+            k, v = exact.seen_alone(q, k, v, mask)
+            if exact.too_large(k, v):
                 return self.exactly(q, k, v, mask, causal)
+        out, lse = self._grouped(q, k, v, mask, causal)
+        if exact.has_nan(out):
+            k, v = exact.seen_alone(q, k, v, mask)
             out, lse = self._grouped(q, k, v, mask, causal)
-            if self.grad and self.biased and mask is not None:
-                out, lse = self._repaired(out, lse, q, k, v, mask)
-            return self.exactly(q, k, v, mask, causal) if exact.has_nan(out) else (out, lse)
-        return self._harmless(q, k, v, mask, causal)
+        if self.grad and self.biased and mask is not None:
+            out, lse = self._repaired(out, lse, q, k, v, mask)
+        if exact.has_nan(out) or exact.loses_nan(q, k):
+            return self.exactly(q, k, v, mask, causal)
+        return out, lse
 
     def exactly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Result:
         """In float64, with every masked pair cut out on both sides of the softmax."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnreg import Hardware, Problem, SearchSpace, blocks
+from attnreg import Hardware, Problem, SearchSpace, blocks, masks
 
 from . import block_sparse_space
 from .crosscompile import CrossCompiled
@@ -117,7 +117,11 @@ def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, ten
     named = {name: tensors.get(name) for name in operators.FIELDS}
     used, lengths = tensors.get("seqused_k"), tensors.get("kv_lengths")
     # Padding may be one side of a union: `kv_lengths` places the queries, and the layout alone says what is masked.
-    named |= {"q": q, "k": k, "v": v, "kv_lengths": used, "prefix_lengths": None}
+    # Where no query attends a key behind it, none is loaded either: a weight of 0 would not take away a NaN.
+    last = used
+    if lengths is not None and masks.within_lengths(spec.mask):
+        last = lengths if used is None else torch.minimum(lengths, used)
+    named |= {"q": q, "k": k, "v": v, "kv_lengths": last, "prefix_lengths": None}
     if spec.dropout_p > 0:
         generator = tensors.get("generator")
         named["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)

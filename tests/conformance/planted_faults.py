@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,18 @@ def unwritten(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, An
     return _join(_Unwritten.apply(out), rest)
 
 
+def unwritten_workspace(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """One entry of a workspace of native code, of a size that no result has, is added before anybody wrote it."""
+    out, rest = _split(right(q, k, v, **tensors))
+    size = 8 * 1013 * 4
+    buffer = ctypes.CDLL(None).malloc
+    buffer.restype, buffer.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    address = buffer(size)
+    read = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.float32)[1013].clone()
+    ctypes.CDLL(None).free(ctypes.c_void_p(address))
+    return _join(out + (read * 1e-30).to(out.dtype), rest)
+
+
 def wrong_dtype(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
     """float32 whatever q is."""
     out, rest = _split(right(q, k, v, **tensors))
@@ -173,6 +186,12 @@ def leaves_a_trace(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[st
     """Masks by adding -1e9: a huge key that nobody may attend still shows."""
     out, rest = _split(right(q, k, v, **tensors))
     return _join(out + 0 * (k.detach().float() * 1e38).sum().to(out.dtype), rest)
+
+
+def reads_behind_lengths(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Multiplies every value by its weight, which is 0 behind the lengths: finite values leave no trace, NaN does."""
+    out, rest = _split(right(q, k, v, **tensors))
+    return _join(out + (0 * v.detach()[..., :1].float() / 1e30).sum().to(out.dtype), rest)
 
 
 def empty_rows_average(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:

@@ -14,10 +14,20 @@ from planted_faults import Planted, prepare_right
 from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, StaticReport, TensorInfo, masks
 from attnreg.hardware import detect
 from attnreg.space import Config
-from attnreg.testing import BackendConformance, Case, GateResult, cases, check_backend, check_inputs, make_inputs
+from attnreg.testing import (
+    BackendConformance,
+    Case,
+    GateResult,
+    cases,
+    check_backend,
+    check_inputs,
+    make_inputs,
+    residues,
+)
 from attnreg.testing.conformance import listed_refusals
 from attnreg.testing.gate import bucket_mates
 from attnreg.testing.inputs import Flavour, real_problem
+from attnreg.testing.poison import fills_memory
 from attnreg.testing.second import other_values
 
 GRADS = frozenset({"q", "k", "v"})
@@ -45,6 +55,8 @@ FAULTS = [
     (planted.forgets_lse, PLAIN, "expected (out, lse), got Tensor"),
     (planted.log2_lse, PLAIN, "lse: error"),
     (planted.leaves_a_trace, PADDED, "NaN in out"),
+    (planted.reads_behind_lengths, PADDED, "NaN in slots that are not used: unwritten memory or NaN in out"),
+    (planted.unwritten_workspace, PLAIN, "the problem itself: unwritten memory or NaN in out"),
     (planted.empty_rows_average, PADDED, "rows that attend nothing must be exactly 0"),
     (planted.raises, PLAIN, "raised RuntimeError: no kernel image"),
     (planted.returns_input, replace(PLAIN, q_heads=2), "out shares its memory with v"),
@@ -362,3 +374,33 @@ def test_kinds_of_tensors_taken_rightly_pass() -> None:
         "Suite", (BackendConformance,), {"backend": planted.Kinds(lambda right, traced, q, k, v: right(q, k, v))}
     )()
     suite.test_kinds_of_tensors(Case("plain", NO_LSE, "normal", frozenset({"core"})))
+
+
+def test_unwritten_memory_is_found_every_time() -> None:
+    """Also in the quick gate, which leaves torch's own filling off, and in buffers of native code."""
+    assert fills_memory()
+    inputs = make_inputs(replace(PLAIN, sq=20, skv=20))
+    for fault in (planted.unwritten, planted.unwritten_workspace):
+        run = Planted(fault).prepare(inputs.problem, {})
+        for _ in range(20):
+            result = check_inputs(run, inputs, poison=False)
+            assert not result.ok
+            assert "unwritten memory or NaN in out" in result.reason
+
+
+def test_the_table_covers_every_pair_of_residues() -> None:
+    """The claim is read off the problems of the table, not off what made them."""
+    made = [case.problem for case in cases() if case.name.startswith("residue/") and case.problem.grads]
+    assert {p.skv % 16 for p in made if p.spec.page_size is None} == set(range(16))
+    masks_by = {mask: name for name, mask in residues.MASKS.items()}
+    rows = []
+    for case, p in zip([c for c in cases() if c.name.startswith("residue/") and c.problem.grads], made, strict=True):
+        skv = int(case.name.split("x")[1].split("_")[0])  # of a paged cache, how many keys its pages were made for
+        size = p.spec.page_size or 1
+        assert p.skv == -(-skv // size) * size
+        rows.append({
+            "skv": skv, "head_dim": p.head_dim, "sq": p.sq, "group": p.group, "page_size": p.spec.page_size,
+            "batch": p.batch, "dtype": p.dtype, "mask": masks_by[p.spec.mask],
+        })  # fmt: skip
+    assert residues.uncovered(rows) == set()
+    assert residues.uncovered(rows[:-1]), "a row that adds nothing"
