@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from attnreg.errors import BackendError
-from attnreg.operands import is_plain, settled
+from attnreg.operands import base, is_plain, settled
 from attnreg.problem import GRADS, Problem
 from attnreg.spec import AttentionSpec
 
@@ -79,7 +79,7 @@ def asked(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[
     kinds = [level.key().name for level in stack]
     # Which tensors a transform gives a tangent is not asked: all of them may have one.
     tangents = frozenset(floats) if "Jvp" in kinds else _with_tangent(floats)
-    recorded = torch.is_grad_enabled() and any(_base(x).requires_grad for x in floats.values())
+    recorded = torch.is_grad_enabled() and any(base(x).requires_grad for x in floats.values())
     order = kinds.count("Grad") + max(kinds.count("Jvp"), bool(tangents)) + recorded
     return tangents, max(order, 1)
 
@@ -95,14 +95,6 @@ def _with_tangent(named: Mapping[str, Tensor]) -> frozenset[str]:
         return frozenset()
     unpack: Callable[..., Any] = forward_ad.unpack_dual
     return frozenset(name for name, x in named.items() if unpack(x).tangent is not None)
-
-
-def _base(x: Tensor) -> Tensor:
-    """The tensor under all wrappers of torch.func."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
 
 
 def refusals(backend: object, problem: Problem) -> list[str]:
@@ -164,7 +156,7 @@ def gradients_again(
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: where k depends on q, its path is not q's.
-        fresh = {n: x.view_as(x) if n in wanted else x for n, x in inputs.items()}
+        fresh = {n: _alias(x) if n in wanted else x for n, x in inputs.items()}
         leaves = {n: fresh[n] for n in wanted}
         results = run(fresh.pop("q"), fresh.pop("k"), fresh.pop("v"), **fresh)
         pairs = [(y, g) for y, g in zip(results, upstream, strict=True) if g is not None and y.requires_grad]
@@ -179,6 +171,11 @@ def gradients_again(
             materialize_grads=True,
         )
     return dict(zip(leaves, found, strict=True))
+
+
+def _alias(x: Tensor) -> Tensor:
+    """x at a place of its own in the graph, with a gradient even where what it stands for needs none any more."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 def has_tangent(*xs: Any) -> bool:
@@ -218,7 +215,7 @@ class Elsewhere:
         tensors = [n for n, x in inputs.items() if isinstance(x, Tensor)]
         given = [*(inputs[n] for n in tensors), *upstream]
         with torch.enable_grad():
-            aliases = [x.view_as(x) if need else x for x, need in zip(given, needs, strict=True)]
+            aliases = [_alias(x) if need else x for x, need in zip(given, needs, strict=True)]
             inputs = {**inputs, **dict(zip(tensors, aliases[:-2], strict=True))}
             found = self.gradients(inputs, (aliases[-2], aliases[-1]), tuple(weights))
             pairs = [(found[n], w) for n, w in weights.items() if w is not None and found[n].requires_grad]
@@ -239,13 +236,20 @@ class Elsewhere:
 
         Another backend computes their derivatives, once somebody asks for these.
         """
-        tensors = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
+        found = {n: _alive(x) for n, x in found.items()}
+        tensors = {n: _alive(x) for n, x in inputs.items() if isinstance(x, Tensor)}
         rest = {n: x for n, x in inputs.items() if n not in tensors}
         linked = _Linked.apply(self, (tuple(found), tuple(tensors), rest), *found.values(), *tensors.values(), *upstream)  # type: ignore[no-untyped-call]
         return dict(zip(found, linked, strict=True))
 
 
+_alive: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+"""A tensor without the wrapper of a torch.func transform that has ended, by which nothing can be linked any more."""
+
+
 class _Linked(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(elsewhere: Elsewhere, names: Any, *xs: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(x.detach() for x in xs[: len(names[0])] if x is not None)
@@ -303,17 +307,17 @@ class _Attention(torch.autograd.Function):
         ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
         ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
         saved = (q, k, v, out, lse, low, *own, *(tensors[name] for name in ctx.names))
-        ctx.looks = tuple(None if x is None else (x.shape, x.dtype) for x in saved)
+        ctx.looks = tuple(None if x is None else (x.shape, x.dtype, x.stride()) for x in saved)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved: Sequence[Tensor | None] = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * len(ctx.needs_input_grad)
-        _check_looks(saved, ctx.looks)
+        saved = [None if x is None else _as_saved(x, look) for x, look in zip(saved, ctx.looks, strict=True)]
         call: Differentiable = ctx.call
         q, k, v, out, lse, low, *more = saved
         own, rest = more[: len(GRADS)], more[len(GRADS) :]
@@ -347,14 +351,23 @@ def _beyond_kernels(*xs: Tensor | None) -> str:
     return ""
 
 
-def _check_looks(saved: Sequence[Tensor | None], looks: Sequence[Any]) -> None:
-    """Raise BackendError where a saved-tensor hook gave back another shape or dtype than it was given."""
-    for x, look in zip(saved, looks, strict=True):
-        if x is not None and (x.shape, x.dtype) != look:
-            raise BackendError(
-                f"a saved tensor of shape {list(look[0])} and {look[1]} came back from its saved_tensors_hooks as "
-                f"{list(x.shape)} and {x.dtype}; unpack must restore what pack was given"
-            )
+def _as_saved(x: Tensor, look: tuple[torch.Size, torch.dtype, tuple[int, ...]]) -> Tensor:
+    """What saved_tensors_hooks gave back, laid out as it was saved: kernels trust the strides of what they have made.
+
+    Raises BackendError where its shape or dtype is another.
+    """
+    shape, dtype, strides = look
+    if (x.shape, x.dtype) != (shape, dtype):
+        raise BackendError(
+            f"a saved tensor of shape {list(shape)} and {dtype} came back from its saved_tensors_hooks as "
+            f"{list(x.shape)} and {x.dtype}; unpack must restore what pack was given"
+        )
+    if x.stride() == strides or not is_plain(x):
+        return x
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in strides)]
+    made = once.new_empty_strided(once.shape, strides)
+    overlaps = torch._debug_has_internal_overlap(made) == 1
+    return (once.contiguous() if overlaps else made.copy_(once)).expand(shape)
 
 
 class _Cell:
@@ -376,7 +389,7 @@ def twice_differentiable(run: Run, elsewhere: Elsewhere) -> Run:
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         inputs = {"q": q, "k": k, "v": v, **tensors}
         wanted = tuple(n for n in NAMES if isinstance(x := inputs.get(n), Tensor) and x.requires_grad)
-        if not wanted or not torch.is_grad_enabled():
+        if not wanted or not torch.is_grad_enabled() or (elsewhere.problem.traced and not _in_grads_alone(inputs)):
             return run(q, k, v, **tensors)
         cell = _Cell(elsewhere, wanted, {n: x for n, x in inputs.items() if not isinstance(x, Tensor)})
         kept = tuple(n for n in inputs if n not in wanted and n not in cell.rest)
@@ -387,6 +400,12 @@ def twice_differentiable(run: Run, elsewhere: Elsewhere) -> Run:
         return _Exit.apply(cell, *out) if isinstance(out, tuple) else _Exit.apply(cell, out)[0]  # type: ignore[no-untyped-call]
 
     return call
+
+
+def _in_grads_alone(inputs: Mapping[str, Any]) -> bool:
+    """Is a traced call made inside torch.func.grad or vjp, and recorded by nothing else?"""
+    tensors = [base(x) for x in inputs.values() if isinstance(x, Tensor)]
+    return {level.key().name for level in _levels()} == {"Grad"} and all(map(is_plain, tensors))
 
 
 class _Entry(torch.autograd.Function):
@@ -410,8 +429,8 @@ class _Entry(torch.autograd.Function):
             return None, *grads, *rest
         inputs = {**dict(zip(cell.names, ctx.saved_tensors, strict=True)), **cell.rest}
         found: Mapping[str, Tensor | None]
-        what = _beyond_kernels(*upstream)
-        if what:
+        if has_tangent(*upstream) or not all(x is None or is_plain(base(x)) for x in upstream):
+            what = _beyond_kernels(*upstream)
             found = cell.elsewhere.gradients(inputs, upstream, cell.wanted, what)
         else:
             given = {n: x.detach() for n, x in zip(cell.wanted, grads, strict=True) if x is not None}
@@ -463,13 +482,11 @@ def watched(run: Run) -> Run:
         pack, unpack = hooks
 
         def packed(x: Tensor) -> Any:
-            return x.shape, x.dtype, x.stride(), pack(x)
+            return (x.shape, x.dtype, x.stride()), pack(x)
 
         def unpacked(kept: Any) -> Tensor:
-            shape, dtype, strides, inner = kept
-            x: Tensor = unpack(inner)
-            _check_looks([x], [(shape, dtype)])
-            return x if x.stride() == strides else x.new_empty_strided(shape, strides).copy_(x)
+            look, inner = kept
+            return _as_saved(unpack(inner), look)
 
         with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
             return run(q, k, v, **tensors)

@@ -283,9 +283,9 @@ def _prepared(problem: Problem, made: Decision, jit: bool) -> Run:
     elsewhere = Elsewhere(made.backend, problem, may_ask=forced.get() is None)
     if isinstance(run, Differentiable):
         return run.asking() if elsewhere.may_ask else run
-    if not problem.needs_grad or problem.traced:
+    if not problem.needs_grad:
         return run
-    run = watched(run)
+    run = run if problem.traced else watched(run)
     if problem.spec.dropout_p or has_higher(backend):
         return run
     return twice_differentiable(run, elsewhere)

@@ -89,7 +89,7 @@ def of_one_input_alone(f: Function, xs: Sequence[Tensor]) -> Any:
     out = []
     for n in range(len(xs)):
         given = [x.detach().clone().requires_grad_(n == m) for m, x in enumerate(xs)]
-        ys = f(*given)
+        ys = [y for y in f(*given) if y.requires_grad]
         out += torch.autograd.grad(ys, [given[n]], _weights(ys))
     return out
 
@@ -148,9 +148,14 @@ def jacobian_reverse(f: Function, xs: Sequence[Tensor]) -> Any:
     return ways
 
 
-def _some(f: Function) -> Function:
-    """A few numbers of the results."""
-    return lambda *xs: tuple((y * _like(y, 100 + n)).flatten(1).sum(1) for n, y in enumerate(f(*xs)))
+def _some(f: Function) -> Callable[..., Tensor]:
+    """A few numbers, each of every result."""
+
+    def numbers(*xs: Tensor) -> Tensor:
+        first, *rest = f(*xs)
+        return (first * _like(first, 100)).flatten(1).sum(1) + sum((y * _like(y, 101)).sum() for y in rest)
+
+    return numbers
 
 
 @_way(FIRST)
@@ -496,7 +501,7 @@ def jacobian_forward(f: Function, xs: Sequence[Tensor]) -> Any:
     return [
         torch.func.jacfwd(small, argnums=every)(*zero),
         functional.jacobian(small, zero, vectorize=True, strategy="forward-mode"),
-        torch.func.jacfwd(torch.func.jacfwd(lambda *ts: _some(small)(*ts)[0], argnums=every), argnums=every)(*zero),
+        torch.func.jacfwd(torch.func.jacfwd(lambda *ts: _some(small)(*ts), argnums=every), argnums=every)(*zero),
     ]
 
 
