@@ -175,7 +175,12 @@ def gradients_again(
 
 def _alias(x: Tensor) -> Tensor:
     """x at a place of its own in the graph, with a gradient even where what it stands for needs none any more."""
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    if x.requires_grad:
+        return x.view_as(x)
+    leaf = x.detach()
+    # What Tensor.requires_grad_ does; torch.func forbids that, since a transform would not know of it.
+    leaf.requires_grad = True
+    return leaf
 
 
 def has_tangent(*xs: Any) -> bool:
