@@ -468,9 +468,13 @@ def dual_upstream(f: Function, xs: Sequence[Tensor]) -> Any:
 @_way(FORWARD)
 def func_jvp(f: Function, xs: Sequence[Tensor]) -> Any:
     given, ts = tuple(xs), tuple(_like(x, n) for n, x in enumerate(xs))
-    out = list(torch.func.jvp(f, given, ts))
-    ys, push = torch.func.linearize(f, *given)
-    return [*out, ys, push(*ts)]
+    return torch.func.jvp(f, given, ts)
+
+
+@_way(FORWARD)
+def func_linearize(f: Function, xs: Sequence[Tensor]) -> Any:
+    ys, push = torch.func.linearize(f, *xs)
+    return ys, push(*(_like(x, n) for n, x in enumerate(xs)))
 
 
 @_way(FORWARD)
