@@ -244,7 +244,9 @@ class Elsewhere:
         found = {n: _alive(x) for n, x in found.items()}
         tensors = {n: _alive(x) for n, x in inputs.items() if isinstance(x, Tensor)}
         rest = {n: x for n, x in inputs.items() if n not in tensors}
-        linked = _Linked.apply(self, (tuple(found), tuple(tensors), rest), *found.values(), *tensors.values(), *upstream)  # type: ignore[no-untyped-call]
+        linked = _Linked.apply(
+            self, (tuple(found), tuple(tensors), rest), *found.values(), *tensors.values(), *upstream
+        )  # type: ignore[no-untyped-call]
         return dict(zip(found, linked, strict=True))
 
 
@@ -416,7 +418,7 @@ def _in_grads_alone(inputs: Mapping[str, Any]) -> bool:
 class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(cell: _Cell, *xs: Tensor) -> tuple[Tensor, ...]:
-        # Not a view: torch forbids to change what is made of one in place.
+        # They share the version by which torch sees a later change, and are no views, which may not be changed at all.
         return tuple(x.detach() for x in xs[: len(cell.wanted)])
 
     @staticmethod

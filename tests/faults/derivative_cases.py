@@ -78,13 +78,17 @@ def reference(case: Case, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return (out, lse) if case.spec.return_lse else (out,)
 
 
-def _dense(case: Case, q: Tensor, k: Tensor, v: Tensor, named: Mapping[str, Tensor], b: int = 0) -> tuple[Tensor, Tensor]:
+def _dense(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, named: Mapping[str, Tensor], b: int = 0
+) -> tuple[Tensor, Tensor]:
     spec, group = case.spec, q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
     i = i + k.shape[2] - q.shape[2]
     if isinstance(spec.score, scores.Additive):
-        s = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * named["score_weight"].view(1, -1, 1, 1, q.shape[-1])).sum(-1)
+        s = (torch.tanh(q[:, :, :, None] + k[:, :, None]) * named["score_weight"].view(1, -1, 1, 1, q.shape[-1])).sum(
+            -1
+        )
     else:
         x = q @ named["score_weight"] if isinstance(spec.score, scores.General) else q
         s = x @ k.mT
@@ -159,9 +163,7 @@ CASES: dict[str, Case] = {
     "alibi": Case(
         AttentionSpec(mask=CAUSAL, alibi=True), named=_with(alibi_slopes=_normal(4)), smooth=("alibi_slopes",)
     ),
-    "padding": Case(
-        AttentionSpec(mask=masks.Padding(), return_lse=True), named=_with(kv_lengths=[7, 5]), live=_full
-    ),
+    "padding": Case(AttentionSpec(mask=masks.Padding(), return_lse=True), named=_with(kv_lengths=[7, 5]), live=_full),
     "documents": Case(
         AttentionSpec(mask=masks.Document() & CAUSAL),
         named=_with(document_ids=[[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 2]]),

@@ -120,7 +120,9 @@ def odd_upstream(f: Function, xs: Sequence[Tensor]) -> Any:
         lambda y: _like(y.mT.contiguous(), 5).mT,
         lambda y: torch._neg_view(_like(y, 6)),
         lambda y: torch._efficientzerotensor(y.shape, dtype=y.dtype),
-        lambda y: torch.imag(torch.complex(_like(y, 8), _like(y, 7)).conj()) if y.dtype != torch.bfloat16 else y,
+        lambda y: (
+            torch.imag(torch.complex(_like(y, 8), _like(y, 7)).conj()) if y.dtype != torch.bfloat16 else -_like(y, 7)
+        ),
         lambda y: _like(y, 9).as_subclass(torch.nn.Parameter),
     ):
         leaves = _leaves(xs)
@@ -178,7 +180,9 @@ def vmapped_grad(f: Function, xs: Sequence[Tensor]) -> Any:
 @_way(FIRST)
 def functional_vjp(f: Function, xs: Sequence[Tensor]) -> Any:
     ys = f(*xs)
-    return functional.vjp(f, tuple(xs), tuple(_weights(ys)))[1], functional.vjp(f, tuple(xs), tuple(_weights(ys)), strict=True)[1]
+    return functional.vjp(f, tuple(xs), tuple(_weights(ys)))[1], functional.vjp(
+        f, tuple(xs), tuple(_weights(ys)), strict=True
+    )[1]
 
 
 @_way(FIRST)
@@ -198,7 +202,10 @@ def saved_tensors_repacked(f: Function, xs: Sequence[Tensor]) -> Any:
     out = []
     for pack, unpack in (
         (strided, lambda x: x[..., 0]),
-        (lambda x: x.clone(), lambda x: x.t().contiguous().t() if x.dim() == 2 else x.mT.contiguous().mT if x.dim() > 2 else x),
+        (
+            lambda x: x.clone(),
+            lambda x: x.t().contiguous().t() if x.dim() == 2 else x.mT.contiguous().mT if x.dim() > 2 else x,
+        ),
         (through_numpy, lambda x: torch.from_numpy(x) if isinstance(x, numpy.ndarray) else x),
     ):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -364,6 +371,7 @@ def func_vjp_by_upstream(f: Function, xs: Sequence[Tensor]) -> Any:
 @_way(SECOND)
 def hessians(f: Function, xs: Sequence[Tensor]) -> Any:
     """Of one number by a few directions, every way."""
+
     def small(*ts: Tensor) -> Tensor:
         moved = [x + t * _like(x, n) for n, (x, t) in enumerate(zip(xs, ts, strict=True))]
         return _loss(f)(*moved)
