@@ -45,8 +45,8 @@ def _again(call: Call, sizes: Sizes, x: Operands, wanted: tuple[bool, ...], grad
         leaves = [y for y, need in zip(x, wanted, strict=True) if y is not None and need]
         results, weights = _reached(call.walk(x, sizes), grads)
         if not results:
-            zeros = ((y, y is not None and need) for y, need in zip(x, wanted, strict=True))
-            return tuple(torch.zeros_like(y) if need else None for y, need in zeros)
+            pairs = zip(x, wanted, strict=True)
+            return tuple(torch.zeros_like(y) if y is not None and need else None for y, need in pairs)
         some = iter(torch.autograd.grad(results, leaves, weights, create_graph=graph, allow_unused=True))
     return tuple(next(some) if need else None for need in wanted)
 

@@ -28,7 +28,7 @@ def gather(pages: Tensor, table: Tensor) -> Tensor:
     raw = pages.view(torch.uint8) if narrow else pages
     # Where there is no page the sum is 0, and what carries a gradient of 0 back to the pages.
     rows = (
-        raw.index_select(0, at.flatten()).unflatten(0, at.shape)
+        raw.index_select(0, at.flatten()).view(*at.shape, *raw.shape[1:])
         if raw.shape[0]
         else raw.sum().to(raw.dtype).expand((batch, count, *raw.shape[1:]))
     )

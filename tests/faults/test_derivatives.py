@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import attnreg_eager.plan
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 import attnreg
+import attnreg_eager.plan
 from attnreg import AttentionSpec, Problem, explain, hot, masks
 from attnreg.decide import decide
 from attnreg.errors import AttnregError, BackendError, UnsupportedError
@@ -102,18 +102,17 @@ def test_forced_is_right_or_names_who_can(backend: str, way: str) -> None:
 
 
 def right_or_named(backend: str, case: Case, way: str) -> None:
+    text = ""
     with attnreg.use_backend(backend):
         try:
             check(case, WAYS[way])
-        except UnsupportedError as error:
-            assert backend != "eager"
-            if case.spec == CASES["causal"].spec:
-                assert backend == "flex" or "use_backend('eager')" in str(error)
-        except BackendError as error:
-            assert backend != "eager"
-            assert "use_backend('eager')" in str(error)
-            assert backend in str(error)
-            assert backend == "flex" or way not in NEVER_REFUSED
+        except (UnsupportedError, BackendError) as why:
+            text = str(why)
+    if text:
+        assert backend != "eager", text
+        assert backend in text
+        assert backend == "flex" or case.spec != CASES["causal"].spec or "use_backend('eager')" in text
+        assert backend == "flex" or case.spec != CASES["causal"].spec or way not in NEVER_REFUSED
 
 
 @pytest.mark.slow
@@ -186,8 +185,9 @@ def test_inputs_changed_before_the_backward_pass(again: bool, backend: str | Non
         got = torch.autograd.grad(out.sum(), leaves, create_graph=again)
         if again:
             torch.autograd.grad(sum((g * g).sum() for g in got), leaves)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+    except RuntimeError as why:
+        if "modified by an inplace operation" not in str(why):
+            raise
         return
     assert not again
     own = [x.requires_grad_() for x in exact.values()]
@@ -209,8 +209,9 @@ def test_results_can_be_changed_in_place(case: str, backend: str | None) -> None
     assert torch.equal(out, kept + 1)
     try:
         got = torch.autograd.grad((out * out).sum(), leaves)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+    except RuntimeError as why:
+        if "modified by an inplace operation" not in str(why):
+            raise
         return
     exact = [x.detach().double().requires_grad_() for x in leaves]
     right = reference(CASES[case], dict(zip("qkv", exact, strict=True)))[0] + 1
