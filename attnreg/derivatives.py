@@ -327,7 +327,11 @@ class _Attention(torch.autograd.Function):
         saved = [None if x is None else _as_saved(x, look) for x, look in zip(saved, ctx.looks, strict=True)]
         call: Differentiable = ctx.call
         q, k, v, out, lse, low, *more = saved
-        assert q is not None and k is not None and v is not None and out is not None and lse is not None
+        assert q is not None, "saved"
+        assert k is not None, "saved"
+        assert v is not None, "saved"
+        assert out is not None, "saved"
+        assert lse is not None, "saved"
         own, rest = more[: len(GRADS)], more[len(GRADS) :]
         named = {**ctx.rest, **dict(zip(ctx.names, rest, strict=True)), **_given(own)}
         inputs = {"q": q, "k": k, "v": v, **named}

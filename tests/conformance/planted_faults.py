@@ -39,6 +39,7 @@ class Planted:
     """A right backend with a fault. `reasons` are what it refuses with, if anything."""
 
     version = "1"
+    derivatives: frozenset[str] = frozenset()
 
     def __init__(self, fault: Fault, reasons: list[str] | None = None) -> None:
         self.name = f"planted_{fault.__name__}"
@@ -282,3 +283,24 @@ def remembers_keys(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[st
     """Keeps a copy of k by its address: other keys at the same place are not seen."""
     old = _seen.setdefault((k.data_ptr(), k.shape, k.dtype), k.detach().clone())
     return right(q, k + (old - k).detach(), v, **tensors)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """x, whose derivative is taken for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+def drops_derivatives(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Gives no tangent of q and no gradient of its gradient, and says that it has both."""
+    return right(_FirstOnly.apply(q), k, v, **tensors)

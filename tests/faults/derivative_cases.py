@@ -1,4 +1,4 @@
-"""Calls of many specs, each with a float64 computation of its own in torch's plain operators, which has all derivatives."""
+"""Calls of many specs, each with a float64 computation in torch's plain operators, which have all derivatives."""
 
 from __future__ import annotations
 

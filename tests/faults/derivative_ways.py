@@ -144,8 +144,7 @@ def jacobian_reverse(f: Function, xs: Sequence[Tensor]) -> Any:
     """Every way to the Jacobian of some numbers, in reverse mode."""
     every = tuple(range(len(xs)))
     ways = [torch.func.jacrev(_some(f), argnums=every)(*xs)]
-    for strict in (False, True):
-        ways.append(functional.jacobian(_some(f), tuple(xs), strict=strict))
+    ways += [functional.jacobian(_some(f), tuple(xs), strict=strict) for strict in (False, True)]
     ways.append(functional.jacobian(_some(f), tuple(xs), vectorize=True))
     return ways
 
