@@ -406,12 +406,19 @@ def twice_differentiable(run: Run, elsewhere: Elsewhere) -> Run:
         cell = _Cell(elsewhere, wanted, {n: x for n, x in inputs.items() if not isinstance(x, Tensor)})
         kept = tuple(n for n in inputs if n not in wanted and n not in cell.rest)
         cell.names = (*wanted, *kept)
-        entered = _Entry.apply(cell, *(inputs[n] for n in cell.names))  # type: ignore[no-untyped-call]
+        entered = _applied(_Entry, cell, *(inputs[n] for n in cell.names))
         inputs |= dict(zip(wanted, entered, strict=True))
         out = run(inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), **inputs)
-        return _Exit.apply(cell, *out) if isinstance(out, tuple) else _Exit.apply(cell, out)[0]  # type: ignore[no-untyped-call]
+        return _applied(_Exit, cell, *out) if isinstance(out, tuple) else _applied(_Exit, cell, out)[0]
 
     return call
+
+
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply, without its look at the signature, which takes long and only torch.func needs."""
+    if _levels():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _in_grads_alone(inputs: Mapping[str, Any]) -> bool:

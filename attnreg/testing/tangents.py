@@ -18,6 +18,8 @@ from attnreg.testing.sequences import put_together
 __all__ = ["asking", "check_forward", "check_higher"]
 
 Run = Callable[..., Any]
+make_dual: Callable[..., Any] = forward_ad.make_dual
+unpack_dual: Callable[..., Any] = forward_ad.unpack_dual
 BOUND = {"float64": 1e-5, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Of the largest entry: such a derivative is there or missing, and the gate judges rounding by the first ones."""
 
@@ -36,9 +38,9 @@ def check_forward(run: Run, inputs: Inputs) -> str:
     for compute, dtype in ((run, None), (_oracle(inputs.problem), torch.float64)):
         with forward_ad.dual_level(), torch.no_grad():
             given = {n: x.detach() if dtype is None else x.detach().to(dtype) for n, x in _smooth(inputs).items()}
-            duals = {n: forward_ad.make_dual(x, _direction(x)) for n, x in given.items()}
+            duals = {n: make_dual(x, _direction(x)) for n, x in given.items()}
             results = _call(compute, inputs, duals)
-            found.append([forward_ad.unpack_dual(y).tangent for y in results])
+            found.append([unpack_dual(y).tangent for y in results])
     return _differs("tangent", found[0], found[1], inputs.problem)
 
 
