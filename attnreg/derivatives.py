@@ -7,9 +7,8 @@ A backend says by `derivatives` what it has beyond a first derivative in reverse
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -17,27 +16,32 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from attnreg.errors import BackendError
-from attnreg.operands import is_plain, settled
+from attnreg.operands import base, is_plain, settled
 from attnreg.problem import GRADS, Problem
 from attnreg.spec import AttentionSpec
 
 __all__ = [
     "NAMES",
     "Differentiable",
+    "Elsewhere",
     "Kernels",
     "asked",
     "differentiable",
     "gradients_again",
     "has_higher",
+    "has_tangent",
     "refusals",
     "set_able",
     "twice_differentiable",
+    "watched",
 ]
 
 NAMES = ("q", "k", "v", *GRADS)
 """All tensors that a result depends on smoothly."""
 
 Run = Callable[..., Any]
+Upstream = tuple[Tensor | None, Tensor | None]
+"""The gradients of out and lse that a backward pass starts from."""
 _able: Callable[[Problem], Run] | None = None
 
 
@@ -67,28 +71,30 @@ class Kernels(Protocol):
 
 def asked(q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[frozenset[str], int]:
     """The names with a forward-mode tangent, and how often the result is differentiated as far as is known now."""
-    stack = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)() or ()
+    stack = _levels()
     if forward_ad._current_level < 0 and not stack:
         return frozenset(), 1
     named = {"q": q, "k": k, "v": v, **{name: tensors.get(name) for name in GRADS}}
     floats = {name: x for name, x in named.items() if isinstance(x, Tensor)}
     kinds = [level.key().name for level in stack]
-    if "Jvp" in kinds:
-        return frozenset(floats), max(kinds.count("Grad") + kinds.count("Jvp"), 1)
-    tangents = set()
-    if forward_ad._current_level >= 0:
-        unpack: Callable[..., Any] = forward_ad.unpack_dual
-        tangents = {name for name, x in floats.items() if unpack(x).tangent is not None}
-    order = kinds.count("Grad") + any(_base(x).requires_grad for x in floats.values()) if stack else 1
-    return frozenset(tangents), max(order, 1)
+    # Which tensors a transform gives a tangent is not asked: all of them may have one.
+    tangents = frozenset(floats) if "Jvp" in kinds else _with_tangent(floats)
+    recorded = torch.is_grad_enabled() and any(base(x).requires_grad for x in floats.values())
+    order = kinds.count("Grad") + max(kinds.count("Jvp"), bool(tangents)) + recorded
+    return tangents, max(order, 1)
 
 
-def _base(x: Tensor) -> Tensor:
-    """The tensor under all wrappers of torch.func."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
+def _levels() -> list[Any]:
+    """The torch.func transforms in force, the outermost first."""
+    return list(getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)() or ())
+
+
+def _with_tangent(named: Mapping[str, Tensor]) -> frozenset[str]:
+    """The names of tensors with a tangent of the level in force."""
+    if forward_ad._current_level < 0:
+        return frozenset()
+    unpack: Callable[..., Any] = forward_ad.unpack_dual
+    return frozenset(name for name, x in named.items() if unpack(x).tangent is not None)
 
 
 def refusals(backend: object, problem: Problem) -> list[str]:
@@ -120,19 +126,18 @@ def set_able(able: Callable[[Problem], Run]) -> None:
     _able = able
 
 
-def no_second(name: str) -> NoReturn:
-    """Raise the error of a second derivative that may not be computed by another backend."""
-    raise BackendError(f"{name}: no second derivative; attnreg.use_backend('eager') computes one")
+def _no_second(name: str, what: str = "second derivative") -> NoReturn:
+    raise BackendError(f"{name}: no {what}; attnreg.use_backend('eager') around the call computes one")
 
 
 def gradients_again(
     problem: Problem,
     inputs: Mapping[str, Any],
-    upstream: tuple[Tensor | None, Tensor | None],
+    upstream: Upstream,
     wanted: Sequence[str],
     name: str = "",
 ) -> dict[str, Tensor]:
-    """Gradients that can be differentiated in turn, by a backend that has higher derivatives: the call made again.
+    """Gradients by a backend that has all derivatives, from the call made again; in grad mode they have a graph.
 
     inputs: q, k, v and the named tensors. Raises BackendError where none is found, or where random numbers would have
     to be drawn again.
@@ -143,13 +148,15 @@ def gradients_again(
             "attnreg.use_backend('eager') around the call computes one"
         )
     if _able is None:
-        no_second(name or "attnreg")
+        _no_second(name or "attnreg")
     fields = {n: getattr(problem.spec, n) for n in type(problem.spec).model_fields}
     spec = AttentionSpec(**{**fields, "return_lse": True})
-    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), traced=False))
+    tangents = problem.tangents | (frozenset(wanted) if has_tangent(*inputs.values(), *upstream) else frozenset())
+    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), tangents=tangents, traced=False))
+    graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: where k depends on q, its path is not q's.
-        fresh = {n: x.view_as(x) if n in wanted else x for n, x in inputs.items()}
+        fresh = {n: _alias(x) if n in wanted else x for n, x in inputs.items()}
         leaves = {n: fresh[n] for n in wanted}
         results = run(fresh.pop("q"), fresh.pop("k"), fresh.pop("v"), **fresh)
         pairs = [(y, g) for y, g in zip(results, upstream, strict=True) if g is not None and y.requires_grad]
@@ -159,30 +166,130 @@ def gradients_again(
             [y for y, _ in pairs],
             list(leaves.values()),
             [g.to(y.dtype) for y, g in pairs],
-            create_graph=True,
+            create_graph=graph,
             allow_unused=True,
             materialize_grads=True,
         )
     return dict(zip(leaves, found, strict=True))
 
 
+def _alias(x: Tensor) -> Tensor:
+    """x at a place of its own in the graph, with a gradient even where what it stands for needs none any more."""
+    if x.requires_grad:
+        return x.view_as(x)
+    leaf = x.detach()
+    # What Tensor.requires_grad_ does; torch.func forbids that, since a transform would not know of it.
+    leaf.requires_grad = True
+    return leaf
+
+
+def has_tangent(*xs: Any) -> bool:
+    """Does one of the tensors carry a forward-mode tangent?"""
+    if forward_ad._current_level < 0:
+        return False
+    return bool(_with_tangent({str(n): x for n, x in enumerate(xs) if isinstance(x, Tensor)}))
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Derivatives of one backend's problem that another backend computes, since it has none itself.
+
+    name: the backend's. may_ask: False under `use_backend`, which never falls back: then they are an error.
+    """
+
+    name: str
+    problem: Problem
+    may_ask: bool
+
+    def gradients(
+        self, inputs: Mapping[str, Any], upstream: Upstream, wanted: Sequence[str], what: str = "second derivative"
+    ) -> dict[str, Tensor]:
+        """The gradients themselves. what: the kind that the backend lacks, for the error."""
+        if not self.may_ask:
+            _no_second(self.name, what)
+        return gradients_again(self.problem, inputs, upstream, wanted, self.name)
+
+    def second(
+        self, inputs: Mapping[str, Any], upstream: Upstream, weights: Mapping[str, Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of the sum of weight times gradient: of each tensor of inputs, then of both upstream gradients.
+
+        weights: of the gradients, by name. needs: which of these tensors need one.
+        """
+        graph = torch.is_grad_enabled()
+        tensors = [n for n, x in inputs.items() if isinstance(x, Tensor)]
+        given = [*(inputs[n] for n in tensors), *upstream]
+        with torch.enable_grad():
+            aliases = [_alias(x) if need else x for x, need in zip(given, needs, strict=True)]
+            inputs = {**inputs, **dict(zip(tensors, aliases[:-2], strict=True))}
+            found = self.gradients(inputs, (aliases[-2], aliases[-1]), tuple(weights))
+            pairs = [(found[n], w) for n, w in weights.items() if w is not None and found[n].requires_grad]
+            leaves = [x for x, need in zip(aliases, needs, strict=True) if need]
+            if not pairs:
+                return [None] * len(given)
+            some = iter(
+                torch.autograd.grad(
+                    [x for x, _ in pairs], leaves, [w for _, w in pairs], create_graph=graph, allow_unused=True
+                )
+            )
+        return [next(some) if need else None for need in needs]
+
+    def linked(
+        self, found: Mapping[str, Tensor], inputs: Mapping[str, Any], upstream: Upstream
+    ) -> dict[str, Tensor | None]:
+        """The gradients that the backend found, as functions of inputs and upstream gradients.
+
+        Another backend computes their derivatives, once somebody asks for these.
+        """
+        found = {n: _alive(x) for n, x in found.items()}
+        tensors = {n: _alive(x) for n, x in inputs.items() if isinstance(x, Tensor)}
+        rest = {n: x for n, x in inputs.items() if n not in tensors}
+        linked = _Linked.apply(
+            self, (tuple(found), tuple(tensors), rest), *found.values(), *tensors.values(), *upstream
+        )  # type: ignore[no-untyped-call]
+        return dict(zip(found, linked, strict=True))
+
+
+_alive: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
+"""A tensor without the wrapper of a torch.func transform that has ended, by which nothing can be linked any more."""
+
+
+class _Linked(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(elsewhere: Elsewhere, names: Any, *xs: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in xs[: len(names[0])] if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.elsewhere, ctx.names, *xs = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*xs[len(output) :])
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted, names, rest = ctx.names
+        nothing: list[Tensor | None] = [None] * (2 + len(wanted))
+        *xs, d_out, d_lse = ctx.saved_tensors
+        inputs = {**dict(zip(names, xs, strict=True)), **rest}
+        needs = ctx.needs_input_grad[len(nothing) :]
+        found = ctx.elsewhere.second(inputs, (d_out, d_lse), dict(zip(wanted, weights, strict=True)), needs)
+        return *nothing, *found
+
+
 def differentiable(name: str, kernels: Kernels, problem: Problem) -> Differentiable:
     """For plugins: `run(q, k, v, **tensors)`, autograd around kernels that know nothing of it. name: the backend's."""
-    return Differentiable(name, kernels, problem)
+    return Differentiable(kernels, Elsewhere(name, problem, False))
 
 
 class Differentiable:
-    """run(q, k, v, **tensors) of one prepared problem whose inputs may need gradients.
+    """run(q, k, v, **tensors) of one prepared problem whose inputs may need gradients."""
 
-    may_ask: may another backend compute a second derivative? Not under `use_backend`, which never falls back.
-    """
-
-    def __init__(self, name: str, kernels: Kernels, problem: Problem, may_ask: bool = False) -> None:
-        self.name = name
+    def __init__(self, kernels: Kernels, elsewhere: Elsewhere) -> None:
         self.kernels = kernels
-        self.problem = problem
-        self.may_ask = may_ask
-        self._return_lse = problem.spec.return_lse
+        self.elsewhere = elsewhere
+        self._return_lse = elsewhere.problem.spec.return_lse
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         rest = {name: x for name, x in tensors.items() if name not in GRADS}
@@ -191,9 +298,7 @@ class Differentiable:
 
     def asking(self) -> Differentiable:
         """The same, allowed to have second derivatives computed by another backend."""
-        other = copy.copy(self)
-        other.may_ask = True
-        return other
+        return Differentiable(self.kernels, replace(self.elsewhere, may_ask=True))
 
 
 class _Attention(torch.autograd.Function):
@@ -209,32 +314,39 @@ class _Attention(torch.autograd.Function):
         ctx.names = tuple(name for name, x in tensors.items() if isinstance(x, Tensor))
         ctx.rest = {name: x for name, x in tensors.items() if not isinstance(x, Tensor)}
         saved = (q, k, v, out, lse, low, *own, *(tensors[name] for name in ctx.names))
-        ctx.looks = tuple(None if x is None else (x.shape, x.dtype) for x in saved)
+        ctx.looks = tuple(None if x is None else (x.shape, x.dtype, x.stride()) for x in saved)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved: Sequence[Tensor | None] = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * len(ctx.needs_input_grad)
-        _check_looks(saved, ctx.looks)
+        saved = [None if x is None else _as_saved(x, look) for x, look in zip(saved, ctx.looks, strict=True)]
         call: Differentiable = ctx.call
         q, k, v, out, lse, low, *more = saved
+        assert q is not None, "saved"
+        assert k is not None, "saved"
+        assert v is not None, "saved"
+        assert out is not None, "saved"
+        assert lse is not None, "saved"
         own, rest = more[: len(GRADS)], more[len(GRADS) :]
         named = {**ctx.rest, **dict(zip(ctx.names, rest, strict=True)), **_given(own)}
+        inputs = {"q": q, "k": k, "v": v, **named}
         wanted = [name for name, need in zip(NAMES, ctx.needs_input_grad[2:], strict=True) if need]
         d_out, d_lse = (None if x is None else settled("the gradient of the output", x) for x in (d_out, d_lse))
-        kernels_can = all(x is None or is_plain(x) for x in (*saved, d_out, d_lse))
-        if torch.is_grad_enabled() or not kernels_can:
-            if not call.may_ask:
-                no_second(call.name)
-            inputs = {"q": q, "k": k, "v": v, **named}
-            found: Mapping[str, Tensor] = gradients_again(call.problem, inputs, (d_out, d_lse), wanted, call.name)
+        found: Mapping[str, Tensor | None]
+        what = _beyond_kernels(*saved, d_out, d_lse)
+        if what:
+            found = call.elsewhere.gradients(inputs, (d_out, d_lse), wanted, what)
         else:
-            d_out = torch.zeros_like(out) if d_out is None else d_out
-            found = call.kernels.gradients((q, k, v), named, (out, lse, low), (d_out, d_lse), frozenset(wanted))
+            with torch.no_grad():
+                both = torch.zeros_like(out) if d_out is None else d_out, d_lse
+                found = given = call.kernels.gradients((q, k, v), named, (out, lse, low), both, frozenset(wanted))
+            if torch.is_grad_enabled():
+                found = call.elsewhere.linked({n: given[n] for n in wanted}, inputs, (d_out, d_lse))
         return None, None, *(found.get(name) if name in wanted else None for name in NAMES)
 
 
@@ -242,87 +354,164 @@ def _given(own: Sequence[Tensor | None]) -> dict[str, Tensor]:
     return {name: x for name, x in zip(GRADS, own, strict=True) if x is not None}
 
 
-def _check_looks(saved: Sequence[Tensor | None], looks: Sequence[Any]) -> None:
-    """Raise BackendError where a saved-tensor hook gave back another shape or dtype than it was given."""
-    for x, look in zip(saved, looks, strict=True):
-        if x is not None and (x.shape, x.dtype) != look:
-            raise BackendError(
-                f"a saved tensor of shape {list(look[0])} and {look[1]} came back from its saved_tensors_hooks as "
-                f"{list(x.shape)} and {x.dtype}; unpack must restore what pack was given"
-            )
+def _beyond_kernels(*xs: Tensor | None) -> str:
+    """What kernels cannot give in a backward pass with these tensors; empty where they can."""
+    if has_tangent(*xs):
+        return "forward-mode derivative of its gradients"
+    if not all(x is None or is_plain(x) for x in xs):
+        return "backward pass under vmap (is_grads_batched, vectorize) or another transform"
+    return ""
+
+
+def _as_saved(x: Tensor, look: tuple[torch.Size, torch.dtype, tuple[int, ...]]) -> Tensor:
+    """What saved_tensors_hooks gave back, laid out as it was saved: kernels trust the strides of what they have made.
+
+    Raises BackendError where its shape or dtype is another.
+    """
+    shape, dtype, strides = look
+    if (x.shape, x.dtype) != (shape, dtype):
+        raise BackendError(
+            f"a saved tensor of shape {list(shape)} and {dtype} came back from its saved_tensors_hooks as "
+            f"{list(x.shape)} and {x.dtype}; unpack must restore what pack was given"
+        )
+    if x.stride() == strides or not is_plain(x):
+        return x
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in strides)]
+    made = once.new_empty_strided(once.shape, strides)
+    overlaps = torch._debug_has_internal_overlap(made) == 1
+    return (once.contiguous() if overlaps else made.copy_(once)).expand(shape)
 
 
 class _Cell:
-    """What the entry of a call needs from its exit: the upstream gradients of the backward pass under way."""
+    """What the entry of a call needs from its exit: the upstream gradients of each backward pass under way."""
 
-    def __init__(self, name: str, problem: Problem, may_ask: bool, named: Mapping[str, Any]) -> None:
-        self.name, self.problem, self.may_ask = name, problem, may_ask
-        self.names = tuple(named)
-        self.rest: dict[str, Any] = {}
-        self.wanted: tuple[str, ...] = ()
-        self.upstream: tuple[Tensor | None, ...] = ()
+    def __init__(self, elsewhere: Elsewhere, wanted: tuple[str, ...], rest: Mapping[str, Any]) -> None:
+        self.elsewhere, self.wanted, self.rest = elsewhere, wanted, rest
+        self.names: tuple[str, ...] = ()
+        self.upstream: dict[int, Upstream] = {}
 
 
-def twice_differentiable(name: str, run: Run, problem: Problem, may_ask: bool) -> Run:
+def twice_differentiable(run: Run, elsewhere: Elsewhere) -> Run:
     """`run`, whose second derivatives another backend computes; the first stay its own.
 
-    Two functions that change nothing stand around it. In a backward pass that is differentiated in turn, the outer one
-    notes the upstream gradients, and the inner one gives gradients that can be differentiated, in place of run's.
-    may_ask: where False, such a pass is an error that names the backend that can.
+    Two functions that change nothing stand around it. In a backward pass that may be differentiated in turn, the outer
+    one notes the upstream gradients, and the inner one links run's gradients to them and to the inputs.
     """
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         inputs = {"q": q, "k": k, "v": v, **tensors}
-        wanted = [n for n, x in inputs.items() if isinstance(x, Tensor) and n in NAMES and x.requires_grad]
-        if not wanted or not torch.is_grad_enabled():
+        wanted = tuple(n for n in NAMES if isinstance(x := inputs.get(n), Tensor) and x.requires_grad)
+        if not wanted or not torch.is_grad_enabled() or (elsewhere.problem.traced and not _in_grads_alone(inputs)):
             return run(q, k, v, **tensors)
-        cell = _Cell(name, problem, may_ask, inputs)
-        cell.wanted = tuple(wanted)
-        kept = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and n not in wanted}
-        cell.rest = {n: x for n, x in inputs.items() if not isinstance(x, Tensor)}
+        cell = _Cell(elsewhere, wanted, {n: x for n, x in inputs.items() if not isinstance(x, Tensor)})
+        kept = tuple(n for n in inputs if n not in wanted and n not in cell.rest)
         cell.names = (*wanted, *kept)
-        entered = _Entry.apply(cell, len(wanted), *(inputs[n] for n in wanted), *kept.values())  # type: ignore[no-untyped-call]
+        entered = _applied(_Entry, cell, *(inputs[n] for n in cell.names))
         inputs |= dict(zip(wanted, entered, strict=True))
         out = run(inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), **inputs)
-        if isinstance(out, tuple):
-            return _Exit.apply(cell, *out)  # type: ignore[no-untyped-call]
-        return _Exit.apply(cell, out)[0]  # type: ignore[no-untyped-call]
+        return _applied(_Exit, cell, *out) if isinstance(out, tuple) else _applied(_Exit, cell, out)[0]
 
     return call
 
 
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply, without its look at the signature, which takes long and only torch.func needs."""
+    if _levels():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _in_grads_alone(inputs: Mapping[str, Any]) -> bool:
+    """Is a traced call made inside torch.func.grad or vjp, and recorded by nothing else?"""
+    tensors = [base(x) for x in inputs.values() if isinstance(x, Tensor)]
+    return {level.key().name for level in _levels()} == {"Grad"} and all(map(is_plain, tensors))
+
+
 class _Entry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: _Cell, count: int, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.cell, ctx.count = cell, count
+    def forward(cell: _Cell, *xs: Tensor) -> tuple[Tensor, ...]:
+        # They share the version by which torch sees a later change, and are no views, which may not be changed at all.
+        return tuple(x.detach() for x in xs[: len(cell.wanted)])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.cell, *xs = inputs
         ctx.save_for_backward(*xs)
         ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in xs[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         cell: _Cell = ctx.cell
-        rest = (None,) * (len(cell.names) - ctx.count)
-        if not torch.is_grad_enabled():
-            return None, None, *grads, *rest
-        if not cell.may_ask:
-            no_second(cell.name)
+        rest = (None,) * (len(cell.names) - len(grads))
+        upstream = cell.upstream.pop(_pass(), None) if cell.upstream else None
+        if upstream is None:
+            return None, *grads, *rest
         inputs = {**dict(zip(cell.names, ctx.saved_tensors, strict=True)), **cell.rest}
-        upstream, cell.upstream = cell.upstream, ()
-        both = (*upstream, None)[:2]
-        found = gradients_again(cell.problem, inputs, (both[0], both[1]), cell.wanted, cell.name)
-        return None, None, *(found[n] for n in cell.wanted), *rest
+        found: Mapping[str, Tensor | None]
+        if has_tangent(*upstream) or not all(x is None or is_plain(base(x)) for x in upstream):
+            what = _beyond_kernels(*upstream)
+            found = cell.elsewhere.gradients(inputs, upstream, cell.wanted, what)
+        else:
+            given = {n: x.detach() for n, x in zip(cell.wanted, grads, strict=True) if x is not None}
+            found = cell.elsewhere.linked(given, inputs, upstream)
+        return None, *(found.get(n) for n in cell.wanted), *rest
 
 
 class _Exit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: _Cell, *results: Tensor) -> tuple[Tensor, ...]:
-        ctx.cell = cell
+    def forward(cell: _Cell, *results: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.cell = inputs[0]
         ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            ctx.cell.upstream = grads
-        return None, *grads
+        if not torch.is_grad_enabled() and not has_tangent(*grads):
+            return None, *grads
+        d_out, d_lse = (*grads, None)[:2]
+        ctx.cell.upstream[_pass()] = d_out, d_lse
+        return None, *(None if x is None else _without_tangent(x) for x in grads)
+
+
+def _without_tangent(x: Tensor) -> Tensor:
+    if not is_plain(x):
+        return x
+    unpack: Callable[..., Any] = forward_ad.unpack_dual
+    primal: Tensor = x if forward_ad._current_level < 0 else unpack(x).primal
+    return primal.detach()
+
+
+_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass under way."""
+
+
+def watched(run: Run) -> Run:
+    """`run`, made of torch's operators: what saved_tensors_hooks give back is checked, and laid out as it was.
+
+    torch's own kernels trust the strides that they have saved.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        hooks = _hooks(False)
+        if hooks is None:
+            return run(q, k, v, **tensors)
+        pack, unpack = hooks
+
+        def packed(x: Tensor) -> Any:
+            return (x.shape, x.dtype, x.stride()), pack(x)
+
+        def unpacked(kept: Any) -> Tensor:
+            look, inner = kept
+            return _as_saved(unpack(inner), look)
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, unpacked):
+            return run(q, k, v, **tensors)
+
+    return call
+
+
+_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+"""The saved_tensors_hooks in force, or None. False: not those of a trace."""

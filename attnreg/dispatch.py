@@ -18,7 +18,7 @@ from torch.utils._pytree import register_constant
 from attnreg import modes, registry
 from attnreg.backend import error_text
 from attnreg.decide import Decision, decide
-from attnreg.derivatives import Differentiable, asked, has_higher, set_able, twice_differentiable
+from attnreg.derivatives import Differentiable, Elsewhere, asked, has_higher, set_able, twice_differentiable, watched
 from attnreg.errors import InputError, SpecError, UnsupportedError
 from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect
@@ -284,12 +284,15 @@ def _prepared(problem: Problem, made: Decision, jit: bool) -> Run:
     if jit:
         return recorded(problem, made.backend, made.config)
     run = backend.prepare(problem, made.config)
-    free = forced.get() is None
+    elsewhere = Elsewhere(made.backend, problem, may_ask=forced.get() is None)
     if isinstance(run, Differentiable):
-        return run.asking() if free else run
-    if problem.needs_grad and not problem.traced and not problem.spec.dropout_p and not has_higher(backend):
-        return twice_differentiable(made.backend, run, problem, free)
-    return run
+        return run.asking() if elsewhere.may_ask else run
+    if not problem.needs_grad:
+        return run
+    run = run if problem.traced else watched(run)
+    if problem.spec.dropout_p or has_higher(backend):
+        return run
+    return twice_differentiable(run, elsewhere)
 
 
 def _able(problem: Problem) -> Run:

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from attnreg.errors import DeviceError, DtypeError
 
-__all__ = ["LAZY", "PLAIN", "Kind", "check_device", "dispatch_keys", "is_plain", "kind_of", "settle_all", "settled"]
+__all__ = [
+    "LAZY",
+    "PLAIN",
+    "Kind",
+    "base",
+    "check_device",
+    "dispatch_keys",
+    "is_plain",
+    "kind_of",
+    "needs_grad",
+    "settle_all",
+    "settled",
+]
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types that hold data of their own; whatever traces or wraps brings a subclass."""
@@ -30,6 +42,7 @@ _keys: Callable[[Tensor], Any] = torch._C._dispatch_keys
 _included: Callable[[], Any] = torch._C._dispatch_tls_local_include_set
 _excluded: Callable[[], Any] = torch._C._dispatch_tls_local_exclude_set
 _kinds: dict[Any, Kind] = {}
+_functorch: Any = torch._C._functorch
 
 
 def dispatch_keys(x: Tensor) -> int:
@@ -80,6 +93,20 @@ def settled(name: str, x: Tensor) -> Tensor:
     if "Negative" in names or "Conjugate" in names:
         x = torch.resolve_neg(torch.resolve_conj(x))
     return x.clone() if "ZeroTensor" in names else x
+
+
+def base(x: Tensor) -> Tensor:
+    """The tensor under all wrappers of torch.func."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def needs_grad(x: Tensor) -> bool:
+    """Is a gradient of x recorded, by autograd or by any torch.func transform? vmap hides what those around it do."""
+    while not x.requires_grad and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def check_device(name: str, x: Tensor) -> None:
@@ -151,9 +178,7 @@ def _refusal(x: Tensor) -> str:
     dead: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_dead_tensor_wrapper", lambda x: False)
     if dead(x):
         return "expected a tensor that is alive, got one of a torch.func transform that has ended"
-    odd = {
-        name for name in _names(dispatch_keys(x)) - _KNOWN if not name.startswith(("Autograd", "Autocast", "FuncTorch"))
-    }
+    odd = {name for name in _names(dispatch_keys(x)) - _KNOWN if not name.startswith(_KNOWN_KINDS)}
     return f"expected a dense tensor, got {kind} with dispatch keys {', '.join(sorted(odd))}" if odd else ""
 
 
@@ -161,6 +186,10 @@ _KNOWN = frozenset(
     ("CPU", "CUDA", "HIP", "XPU", "MPS", "HPU", "XLA", "PrivateUse1", "Meta", "ADInplaceOrView", "Python",
      "PythonTLSSnapshot", "Functionalize", *LAZY)
 )  # fmt: skip
+
+
+_KNOWN_KINDS = ("Autograd", "Autocast", "FuncTorch", "Batched", "VmapMode")
+"""Batched, VmapMode: the older vmap, by which autograd runs backward passes for `is_grads_batched`."""
 
 
 def _is_masked(x: Tensor) -> bool:

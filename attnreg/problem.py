@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnreg.blocks.cost import LivePairs, live_pairs
 from attnreg.errors import RecordError
+from attnreg.operands import needs_grad
 from attnreg.spec import AttentionSpec, HeadGrouping
 from attnreg.validate import FLOAT8, Sizes
 
@@ -94,8 +95,8 @@ class Problem:
         named = {name: x for name, x in sorted(tensors.items()) if isinstance(x, Tensor)}
         grads: set[str] = set()
         if torch.is_grad_enabled():
-            grads = {n for n, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad}
-            grads |= {n for n in GRADS if n in named and named[n].requires_grad}
+            grads = {n for n, x in (("q", q), ("k", k), ("v", v)) if needs_grad(x)}
+            grads |= {n for n in GRADS if n in named and needs_grad(named[n])}
         return Problem(
             spec=spec,
             **{f.name: getattr(sizes, f.name) for f in fields(Sizes)},

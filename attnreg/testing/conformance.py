@@ -31,6 +31,7 @@ from attnreg.testing.gate import bucket_mates, check_inputs
 from attnreg.testing.inputs import Inputs, make_inputs, real_problem
 from attnreg.testing.kinds import traced_fault, traced_problem, upstream_fault
 from attnreg.testing.problems import Case, cases
+from attnreg.testing.tangents import asking, check_forward, check_higher
 
 __all__ = ["BackendConformance", "listed_refusals"]
 
@@ -143,6 +144,19 @@ class BackendConformance:
         entry = registry.Entry(self.backend, "kit", "attnreg.testing")
         with registry.using(replace(now, entries={**now.entries, self.backend.name: entry})):
             yield
+
+    def test_derivatives(self, case: Case) -> None:
+        """Tangents and gradients of gradients are right where the backend says by `derivatives` that it has them."""
+        inputs = case.inputs(self.device)
+        for kind, check in (("forward", check_forward), ("higher", check_higher)):
+            problem = asking(inputs.problem, kind)
+            if kind not in getattr(self.backend, "derivatives", ()) or problem.spec.dropout_p or problem.sq > 256:
+                continue
+            if (kind == "higher" and not problem.grads) or self._refused(case.name, problem):
+                continue
+            reason = check(self._prepare(problem), inputs)
+            if reason:
+                pytest.fail(f"{reason}\nderivatives: {kind!r}; {inputs}", pytrace=False)
 
     def test_version_and_estimate(self, case: Case) -> None:
         """`version_for` and `estimate`, where the backend has them, keep to what they promise."""

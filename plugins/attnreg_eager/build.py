@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from attnreg import AttentionSpec, scores
-from attnreg_eager.chunks import Call, Operands
+from attnreg_eager.chunks import Call, Operands, has_tangent
 from attnreg_eager.dropout import Keep, draw_seed, keeps, keeps_traced
 from attnreg_eager.frame import Frame
 from attnreg_eager.gradient import Recomputed
@@ -65,7 +65,8 @@ def compute(
     sizes = plan(batch, kv_heads, frame.group, sq, skv, x.k.shape[-1] + x.v.shape[-1], hidden)
     if sizes.one_tile(batch, kv_heads, sq, skv):
         return call.whole(x)
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x):
+    # Forward mode goes through the tiles themselves.
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in x) and not has_tangent(*x):
         done: tuple[Tensor, Tensor] = Recomputed.apply(call, sizes, *x)  # type: ignore[no-untyped-call]  # torch's own
         return done
     return call.walk(x, sizes)

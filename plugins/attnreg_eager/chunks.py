@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,7 @@ from attnreg_eager.keys import gather
 from attnreg_eager.plan import Sizes
 from attnreg_eager.tile import Part, Tile, finish, merge
 
-__all__ = ["ALL", "Call", "Operands", "Rows", "Slab"]
+__all__ = ["ALL", "Call", "Operands", "Rows", "Slab", "has_tangent"]
 
 ALL = slice(None)
 
@@ -117,7 +118,7 @@ class Call:
         """Output and lse of some rows over all their keys, `size` keys at a time; n numbers the first tile."""
         skv = frame.j.shape[-1]
         q, total = x.q.to(self.tile.dtype), None
-        lean = torch.is_grad_enabled() and size < skv
+        lean = torch.is_grad_enabled() and size < skv and not has_tangent(*x)
         for start in range(0, skv, size) if size < skv else (0,):
             keys = slice(start, start + size) if size < skv else ALL
             bias = x.bias if x.bias is None or x.bias.shape[3] == 1 else x.bias[..., keys]
@@ -130,6 +131,13 @@ class Call:
         if total is None:
             raise AssertionError("there is one tile at least")
         return finish(total, x.sinks)
+
+
+def has_tangent(*xs: Tensor | None) -> bool:
+    """Does one of them carry a tangent of forward mode?"""
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in xs)  # type: ignore[no-untyped-call]
 
 
 def bias_rows(bias: Tensor | None, rows: slice) -> Tensor | None:

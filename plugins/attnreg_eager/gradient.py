@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg_eager.chunks import ALL, Call, Operands, Slab, bias_rows
+from attnreg_eager.chunks import ALL, Call, Operands, Slab, bias_rows, has_tangent
 from attnreg_eager.keys import scatter
 from attnreg_eager.plan import Sizes
 
@@ -33,19 +33,30 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> Any:
         x, wanted = Operands(*ctx.saved_tensors), ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or has_tangent(d_out, d_lse) or _batched(d_out) or _batched(d_lse):
             return None, None, *_again(ctx.call, ctx.sizes, x, wanted, (d_out, d_lse))
         return None, None, *_Sums(ctx.call, ctx.sizes, x, wanted).run(d_out, d_lse)
 
 
 def _again(call: Call, sizes: Sizes, x: Operands, wanted: tuple[bool, ...], grads: Pair) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated in turn: an ordinary graph of the same tiles, whose memory grows."""
-    leaves = [y for y, need in zip(x, wanted, strict=True) if y is not None and need]
-    results, weights = _reached(call.walk(x, sizes), grads)
-    if not results:
-        return tuple(None if y is None or not need else torch.zeros_like(y) for y, need in zip(x, wanted, strict=True))
-    some = iter(torch.autograd.grad(results, leaves, weights, create_graph=True, allow_unused=True))
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [y for y, need in zip(x, wanted, strict=True) if y is not None and need]
+        results, weights = _reached(call.walk(x, sizes), grads)
+        if not results:
+            pairs = zip(x, wanted, strict=True)
+            return tuple(torch.zeros_like(y) if y is not None and need else None for y, need in pairs)
+        some = iter(torch.autograd.grad(results, leaves, weights, create_graph=graph, allow_unused=True))
     return tuple(next(some) if need else None for need in wanted)
+
+
+def _batched(grad: Tensor) -> bool:
+    """Is the backward pass one of many at once (is_grads_batched, vmap)? Then sums in place have no room for all."""
+    return bool(_functorch.is_functorch_wrapped_tensor(grad) or _functorch.is_legacy_batchedtensor(grad))
+
+
+_functorch: Any = torch._C._functorch
 
 
 def _reached(results: Pair, grads: Pair) -> tuple[list[Tensor], list[Tensor]]:

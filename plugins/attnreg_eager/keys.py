@@ -27,7 +27,11 @@ def gather(pages: Tensor, table: Tensor) -> Tensor:
     narrow = pages.dtype.itemsize == 1
     raw = pages.view(torch.uint8) if narrow else pages
     # Where there is no page the sum is 0, and what carries a gradient of 0 back to the pages.
-    rows = raw[at] if raw.shape[0] else raw.sum().to(raw.dtype).expand((batch, count, *raw.shape[1:]))
+    rows = (
+        raw.index_select(0, at.flatten()).view(*at.shape, *raw.shape[1:])
+        if raw.shape[0]
+        else raw.sum().to(raw.dtype).expand((batch, count, *raw.shape[1:]))
+    )
     out = rows.transpose(1, 2).reshape(batch, kv_heads, count * size, head_dim)
     return out.view(pages.dtype) if narrow else out
 

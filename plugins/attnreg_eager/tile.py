@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnreg import AttentionSpec, masks, scores
+from attnreg import AttentionSpec, scores
 from attnreg_eager.frame import Frame
 from attnreg_eager.keys import Scales
 
@@ -85,7 +85,7 @@ class Tile:
         if bias is not None:
             s = s + torch.where(said, bias, 0.0)
         if slopes is not None:
-            s = s - masks.take(slopes, at.bq, at.h) * (at.p - at.j).abs().to(dtype)
+            s = s - _slopes(at, slopes) * (at.p - at.j).abs().to(dtype)
         return s if live is None else torch.where(live, s, -torch.inf), live
 
     def _scores(self, at: Frame, q: Tensor, k: Tensor, weight: Tensor | None, seen: Tensor | None) -> Tensor:
@@ -108,6 +108,15 @@ class Tile:
         s = by_kv_head(q, k.mT)
         # On the scores, not on k: a stale scale times a stale key may overflow, and the scores get masked.
         return s if columns is None else s * columns
+
+
+def _slopes(at: Frame, slopes: Tensor) -> Tensor:
+    """The slopes [1 or B, Hq] of a tile's rows and heads, [B or 1, Hq, Sq or 1, 1]."""
+    if slopes.shape[0] != 1:
+        slopes = slopes.index_select(0, at.bq.flatten())
+    # index_select, since the backward pass of an index by several tensors does not go through vmap.
+    slopes = slopes.index_select(1, at.h.flatten())
+    return slopes[..., None, None] if at.bq.shape[2] == 1 or slopes.shape[0] == 1 else slopes.mT[None, :, :, None]
 
 
 def _additive(at: Frame, q: Tensor, k: Tensor, columns: Tensor | None, weight: Tensor | None) -> Tensor:

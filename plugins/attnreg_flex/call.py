@@ -41,6 +41,9 @@ class Call:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         spec = self.spec
+        if not self.grad:
+            # torch refuses what requires a gradient even where none is recorded.
+            q, k, v = q.detach(), k.detach(), v.detach()
         q = heads_first(spec, q)
         if spec.page_size is None:
             k, v = heads_first(spec, k), heads_first(spec, v)

@@ -44,6 +44,9 @@ class Guarded:
         self.biased = problem.spec.bias or problem.spec.alibi
         self.wants_lse = problem.spec.return_lse or problem.spec.sinks
         name = str(config["kernel"])
+        if self.on_cpu and problem.traced and problem.grads & {"bias", "alibi_slopes"}:
+            # Under vmap torch does not see that the mask needs a gradient, which its other kernel has not.
+            name = "math"
         self.flat = kernels.kernel(name, problem.device, grouped=False)
         self.grouped = kernels.kernel(name, problem.device, grouped=True)
         # torch's math path adds its causal mask too; it is what runs under dropout and unequal head dimensions.

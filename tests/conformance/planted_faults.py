@@ -357,3 +357,24 @@ def rounded_lse(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, 
     out, rest = _split(right(q, k, v, **tensors))
     far = tensors["bias"].detach().amax(-1, keepdim=True) < -1e30
     return _join(_TimesKeys.apply(out, torch.where(far, float(k.shape[2]), 1.0)), rest)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """x, whose derivative is taken for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+def drops_derivatives(right: Any, q: Tensor, k: Tensor, v: Tensor, tensors: dict[str, Any]) -> Result:
+    """Gives no tangent of q and no gradient of its gradient, and says that it has both."""
+    return right(_FirstOnly.apply(q), k, v, **tensors)

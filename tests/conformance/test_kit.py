@@ -404,3 +404,21 @@ def test_the_table_covers_every_pair_of_residues() -> None:
         })  # fmt: skip
     assert residues.uncovered(rows) == set()
     assert residues.uncovered(rows[:-1]), "a row that adds nothing"
+
+
+@pytest.mark.parametrize("kind", ["forward", "higher"])
+def test_derivatives_that_a_backend_claims_are_checked(kind: str) -> None:
+    for fault, fails in ((planted.drops_derivatives, True), (planted.none, False)):
+        backend = Planted(fault)
+        backend.derivatives = frozenset({kind})
+
+        class Suite(BackendConformance):
+            pass
+
+        Suite.backend = backend
+        case = Case("causal", replace(PLAIN, sq=9, skv=9, head_dim=8, head_dim_k=8, head_dim_v=8))
+        if fails:
+            with pytest.raises(pytest.fail.Exception, match=r"tangent|gradient of the gradient"):
+                Suite().test_derivatives(case)
+        else:
+            Suite().test_derivatives(case)
