@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnreg import errors, masks, modes, registry, scores, sparsity, store
+from attnreg.autograd import differentiable
 from attnreg.backend import Backend, Finding, StaticReport
-from attnreg.derivatives import differentiable
 from attnreg.dispatch import attention, prepare, use_backend
 from attnreg.explanation import explain
 from attnreg.hardware import Hardware

@@ -16,9 +16,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import register_constant
 
 from attnreg import modes, registry
+from attnreg.autograd import Differentiable, twice_differentiable, watched
 from attnreg.backend import error_text
 from attnreg.decide import Decision, decide
-from attnreg.derivatives import Differentiable, Elsewhere, asked, has_higher, set_able, twice_differentiable, watched
+from attnreg.derivatives import Elsewhere, asked, has_higher, set_able
 from attnreg.errors import InputError, SpecError, UnsupportedError
 from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from attnreg import hot, registry
+from attnreg.autograd import Differentiable, Kernels
 from attnreg.decide import decide
-from attnreg.derivatives import NAMES, Differentiable, Kernels, gradients_again
+from attnreg.derivatives import NAMES, gradients_again
 from attnreg.errors import BackendError, ConfigError, InputError
 from attnreg.hardware import detect
 from attnreg.problem import GRADS, Problem
