@@ -27,6 +27,7 @@ __all__ = [
     "Kernels",
     "asked",
     "differentiable",
+    "draw_seed",
     "gradients_again",
     "has_higher",
     "refusals",
@@ -48,7 +49,8 @@ class Kernels(Protocol):
     `gradients` reads beside it; else lse is None unless the spec returns it. low: the part of the log of the sum that
     lse in float32 has lost, in its shape, or None.
     gradients: of the names in `wanted`, each shaped and typed like its tensor. results: what compute gave. upstream:
-    the gradients of out and of lse, the latter None for 0.
+    the gradients of out and of lse, the latter None for 0. tensors: the named tensors, and `seed`, int64 [1], where the
+    spec has dropout: `gradients` gets the one that `compute` got.
     """
 
     def compute(
@@ -166,6 +168,11 @@ def gradients_again(
     return dict(zip(leaves, found, strict=True))
 
 
+def draw_seed(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The seed of a call's dropout, int64 [1]: drawn on q's device, so that nothing waits and recorders see it drawn."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
+
+
 def differentiable(name: str, kernels: Kernels, problem: Problem) -> Differentiable:
     """For plugins: `run(q, k, v, **tensors)`, autograd around kernels that know nothing of it. name: the backend's."""
     return Differentiable(name, kernels, problem)
@@ -186,6 +193,8 @@ class Differentiable:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         rest = {name: x for name, x in tensors.items() if name not in GRADS}
+        if self.problem.spec.dropout_p:
+            rest["seed"] = draw_seed(q, rest.pop("generator", None))
         out, lse = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in GRADS))  # type: ignore[no-untyped-call]
         return (out, lse) if self._return_lse else out
 

@@ -162,13 +162,13 @@ if hasattr(os, "register_at_fork"):
 def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
     """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path.
 
-    What else a call may depend on keeps it from the table: see `tracing.ordinary`.
+    What else a call may depend on keeps it from the table: see `tracing.ordinary`. The keys of dispatch come first:
+    what is no tensor raises TypeError there, before a proxy's methods are called, which would be recorded.
     """
     return (
-        spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, _grad_on(),
-        type(q), type(k), type(v), dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), _deterministic(),
-        forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
+        type(q), type(k), type(v), _deterministic(), forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
     )  # fmt: skip
 
 
