@@ -20,6 +20,7 @@ from attnreg.errors import BackendError
 from attnreg.operands import is_plain, settled
 from attnreg.problem import GRADS, Problem
 from attnreg.spec import AttentionSpec
+from attnreg.tracing import is_traced
 
 __all__ = [
     "NAMES",
@@ -148,7 +149,8 @@ def gradients_again(
         no_second(name or "attnreg")
     fields = {n: getattr(problem.spec, n) for n in type(problem.spec).model_fields}
     spec = AttentionSpec(**{**fields, "return_lse": True})
-    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), traced=False))
+    traced = is_traced(*inputs.values(), *upstream)
+    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), traced=traced))
     with torch.enable_grad():
         # Aliases: where k depends on q, its path is not q's.
         fresh = {n: x.view_as(x) if n in wanted else x for n, x in inputs.items()}

@@ -24,7 +24,7 @@ from attnreg.failures import is_out_of_memory, is_transient
 from attnreg.hardware import detect
 from attnreg.hot import Forced, Run, Settled, exact_key, forced, growing_key, table
 from attnreg.modes import checking
-from attnreg.operands import check_device, is_plain, looks_of, settle_all, settled
+from attnreg.operands import Kind, check_device, is_plain, kind_of, settle_all, settled
 from attnreg.operators import recorded
 from attnreg.problem import Problem
 from attnreg.sharded import attend_sharded, is_sharded
@@ -77,15 +77,18 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     except (AttributeError, TypeError, RuntimeError):
         return _slow(spec, q, k, v, tensors)  # not tensors, or without strides: it says which
     if hit is not None:
-        run, sizes = hit
-        if sizes is not None:
-            check_values(spec, sizes, tensors)
-        return run(q, k, v, **tensors)
-    if not tensors and isinstance(spec, AttentionSpec):
+        run, sizes, of_q, of_k, of_v = hit
+        if of_q(q) and of_k(k) and of_v(v):
+            if sizes is not None:
+                check_values(spec, sizes, tensors)
+            return run(q, k, v, **tensors)
+    elif not tensors and isinstance(spec, AttentionSpec):
         longer = table().growing.get(growing_key(spec, q, k, v))
         if longer is not None:
-            table().remember(key, longer, None)
-            return longer(q, k, v)
+            run, _, of_q, of_k, of_v = longer
+            if of_q(q) and of_k(k) and of_v(v):
+                table().remember(key, longer)
+                return run(q, k, v)
     return _slow(spec, q, k, v, tensors)
 
 
@@ -113,7 +116,7 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
         if force is not None and any(map(_is_proxy, everything)):
             return handle_torch_function(attention_by, everything, *force, spec, q, k, v, **tensors)
         return handle_torch_function(attention, everything, spec, q, k, v, **tensors)
-    remember = ordinary() and all(is_plain(x) for x in everything if isinstance(x, Tensor))
+    remember = ordinary() and _all_plain({"q": q, "k": k, "v": v, **tensors})
     q, k, v, tensors = _settled(q, k, v, tensors)
     if is_sharded(q, k, v, tensors):
         return attend_sharded(attention, spec, q, k, v, tensors)
@@ -128,9 +131,10 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     else:
         settled, out = _first_call(call.problem, jit, lambda run: run(q, k, v, **tensors))
     if remember and settled.again is None and _stable(spec, tensors):
-        table().remember(exact_key(spec, q, k, v, tensors), settled.run, call.watched)
+        entry = (settled.run, call.watched, kind_of(q), kind_of(k), kind_of(v))
+        table().remember(exact_key(spec, q, k, v, tensors), entry)
         if not tensors and (key := growing_key(spec, q, k, v)) is not None:
-            table().growing[key] = settled.run
+            table().growing[key] = entry
     return out
 
 
@@ -407,26 +411,27 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
             )
     problem, _ = decision(spec, q, k, v, **tensors)
     known = _known(problem, False) or _first_call(problem, False, lambda run: None)[0]
-    return _guarded(_Bound(spec, forced.get()), known.run, looks_of(q, k, v))
+    return _guarded(_Bound(spec, forced.get()), known.run, (kind_of(q), kind_of(k), kind_of(v)))
 
 
-def _guarded(bound: _Bound, run: Run, alike: Callable[..., bool]) -> Run:
+def _guarded(bound: _Bound, run: Run, kinds: tuple[Kind, Kind, Kind]) -> Run:
     """`run` for calls like the one that it was prepared for, and attention() for those that are not."""
+    of_q, of_k, of_v = kinds
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         if torch.compiler.is_compiling():
             _refuse_generator(tensors)
             _open_graph_bound()
             return _graph_bound(bound, q, k, v, tensors)
-        if ordinary() and alike(q, k, v) and (not tensors or all(map(_is_plain_or_no_tensor, tensors.values()))):
+        if ordinary() and of_q(q) and of_k(k) and of_v(v) and (not tensors or _all_plain(tensors)):
             return run(q, k, v, **tensors)
         return bound.call(q, k, v, tensors)
 
     return call
 
 
-def _is_plain_or_no_tensor(x: object) -> bool:
-    return not isinstance(x, Tensor) or is_plain(x)
+def _all_plain(tensors: Mapping[str, Any]) -> bool:
+    return all(is_plain(x) for x in tensors.values() if isinstance(x, Tensor))
 
 
 @contextlib.contextmanager

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from attnreg import modes, registry, store
 from attnreg.decide import Decision
-from attnreg.operands import dispatch_keys
+from attnreg.operands import Kind, dispatch_keys
 from attnreg.problem import bucket_size
 from attnreg.spec import AttentionSpec
 from attnreg.validate import Sizes
 
 __all__ = [
+    "Entry",
     "Forced",
     "HotTable",
     "Run",
@@ -44,6 +45,8 @@ _autocast_on: Callable[[], bool] = getattr(
 )
 _grad_on: Callable[[], bool] = getattr(torch._C, "is_grad_enabled", torch.is_grad_enabled)
 _deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+_strides: Callable[[Tensor], tuple[int, ...]] = torch.Tensor.stride
+"""Of tensors alone: a proxy of torch.fx, whose own method would be recorded, is a TypeError."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Settled:
     run: Run
     decision: Decision
     again: float | None = None
+
+
+Entry = tuple[Run, Sizes | None, Kind, Kind, Kind]
+"""What a signature was given: a callable, the sizes that values are checked against, and the kinds of q, k and v."""
 
 
 class Turn:
@@ -82,8 +89,7 @@ class Bounded(dict[Any, Any]):
 class HotTable:
     """What past calls decided, in three tables, none of which grows past EXACT_LIMIT entries.
 
-    exact: by the whole signature, one dict hit a call. A signature is checked once; its entry holds the prepared
-    callable and, where a call carries integer tensors whose values can be wrong, the sizes to check them against.
+    exact: by the whole signature, one dict hit a call. A signature is checked once; see Entry.
     growing: by the signature less the KV length, whose bucket stands for it: a decode step, without a new check.
     buckets: by the problem's bucket, with the decision; `misses` counts what was not found even there.
     recorded: kernels of calls that come back out of a recorded graph. failures: what a backend that may be tried again
@@ -93,8 +99,8 @@ class HotTable:
     EXACT_LIMIT = 8192
 
     def __init__(self) -> None:
-        self.exact: dict[Any, tuple[Run, Sizes | None]] = {}
-        self.growing: dict[Any, Run] = {}
+        self.exact: dict[Any, Entry] = {}
+        self.growing: dict[Any, Entry] = {}
         self.buckets: dict[Any, Settled] = Bounded(self.EXACT_LIMIT)
         self.recorded: dict[Any, Any] = Bounded(self.EXACT_LIMIT)
         self.failures: dict[Any, str] = Bounded(self.EXACT_LIMIT)
@@ -120,11 +126,11 @@ class HotTable:
                 if not turn.takers:
                     del self.locks[key]
 
-    def remember(self, key: Any, run: Run, sizes: Sizes | None) -> None:
+    def remember(self, key: Any, entry: Entry) -> None:
         """Keep an exact signature; a full table starts over, and the next calls find their buckets."""
         if len(self.exact) >= self.EXACT_LIMIT:
             self.exact, self.growing = {}, {}
-        self.exact[key] = (run, sizes)
+        self.exact[key] = entry
 
 
 _table = HotTable()
@@ -160,15 +166,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
-    """All that validity and choice can depend on, but for values; one flat tuple, since this is the hot path.
+    """What validity and choice can depend on, but for values; one flat tuple, since this is the hot path.
 
-    What else a call may depend on keeps it from the table: see `tracing.ordinary`. The keys of dispatch come first:
-    what is no tensor raises TypeError there, before a proxy's methods are called, which would be recorded.
+    What kinds of tensor q, k and v are is asked of the entry (see Entry). What else a call may depend on keeps it
+    from the table: see `tracing.ordinary`.
     """
     return (
-        dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, _grad_on(),
-        type(q), type(k), type(v), _deterministic(), forced.get(), _autocast_on(), tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
+        spec, q.shape, k.shape, v.shape, _strides(q), _strides(k), _strides(v), q.dtype, k.dtype, q.device,
+        q.requires_grad, k.requires_grad, _grad_on(), _deterministic(), forced.get(), _autocast_on(),
+        tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
     )  # fmt: skip
 
 
@@ -183,10 +189,8 @@ def growing_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return None
     return (
         spec, q.shape, a[:axis], a[axis + 1 :], b[:axis], b[axis + 1 :], bucket_size(n), n == q.shape[axis], q.stride(),
-        k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, v.dtype, q.device,
-        k.device, v.device, q.requires_grad, k.requires_grad, v.requires_grad, _grad_on(),
-        type(q), type(k), type(v), dispatch_keys(q), dispatch_keys(k), dispatch_keys(v), _deterministic(),
-        forced.get(), _autocast_on(),
+        k.is_contiguous() or k.stride(), v.is_contiguous() or v.stride(), q.dtype, k.dtype, q.device,
+        q.requires_grad, k.requires_grad, _grad_on(), _deterministic(), forced.get(), _autocast_on(),
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def _kernels(given: Mapping[str, Any], spec: AttentionSpec, named: Mapping[str, 
     q, k, v = given["q"], given["k"], given["v"]
     grads, backend, config = texts = tuple(given[name] for name in TEXTS[1:])
     table = hot.table()
-    key = (hot.exact_key(spec, q, k, v, named), texts)
+    key = (hot.exact_key(spec, q, k, v, named), v.dtype, k.device, v.device, texts)
     found: Kernels | None = table.recorded.get(key)
     if found is None:
         called = {name: x for name, x in named.items() if name != "seed"}

@@ -277,8 +277,12 @@ class AttentionSpec(_Frozen):
     __str__ = __repr__
 
 
-@functools.lru_cache(maxsize=1024)
 def spec_of_text(text: str) -> AttentionSpec:
     """The spec that its JSON text says: what recorded programs carry."""
+    return _spec_of_text(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spec_of_text(text: str) -> AttentionSpec:
     spec: AttentionSpec = AttentionSpec.model_validate_json(text)
     return spec

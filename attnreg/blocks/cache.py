@@ -46,8 +46,8 @@ def cached_block_layout(
 ) -> BlockLayout:
     """`block_layout`, remembered. Call tensors count by what they hold, so a changed tensor is never missed.
 
-    Python code (`Custom`, whose closure may change) and tensors above 64 MiB are built anew on each call. Keeps the
-    latest 128 layouts and at most 256 MiB.
+    Python code whose author does not say what to watch (`Custom`) and tensors above 64 MiB are built anew on each call.
+    Keeps the latest 128 layouts and at most 256 MiB.
     """
     sizes = (sq, skv, block_q, block_kv)
 
@@ -61,10 +61,11 @@ def cached_block_layout(
     read = {name: x for name, x in (tensors or {}).items() if name in names and isinstance(x, Tensor)}
     if any(x.numel() * x.element_size() > READ for x in read.values()):
         return build()
-    if any(isinstance(x, m.Custom) for x in m.walk(mask)):
+    state = m.state(mask)
+    if state is None:
         return build()
     held = tuple(_held(x) for x in (offset, q_len, kv_len, pattern_keys, *(read[name] for name in sorted(read))))
-    key = (mask, sparsity, sizes, heads, batch, held, tuple(sorted(read)), packed, str(device))
+    key = (mask, state, sparsity, sizes, heads, batch, held, tuple(sorted(read)), packed, str(device))
     with _lock:
         layout = _kept.get(key)
         if layout is not None:

@@ -24,6 +24,7 @@ from attnreg.masks.leaves import (
     PrefixLM,
     SlidingWindow,
     longformer,
+    state,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SlidingWindow",
     "as_band",
     "longformer",
+    "state",
     "take",
     "walk",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from attnreg._coords import Coords
 from attnreg._node import check_int
 from attnreg.errors import SpecError
-from attnreg.masks.expression import Mask, take
+from attnreg.masks.expression import Mask, take, walk
 
 __all__ = [
     "Causal",
@@ -28,6 +28,7 @@ __all__ = [
     "PrefixLM",
     "SlidingWindow",
     "longformer",
+    "state",
 ]
 
 
@@ -202,16 +203,59 @@ class Dense(Mask):
         return take(c.tensors["attn_mask"], c.b, c.h, c.i, c.j)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Custom(Mask):
-    """`mask_mod(b, h, p, j)`, FlexAttention's signature, says True. Has no JSON form."""
+    """`mask_mod(b, h, p, j)`, FlexAttention's signature, says True. Has no JSON form.
+
+    What mask_mod reads beside its arguments may change, so nothing that is derived from it is kept from call to call,
+    unless its author says what to watch. version: any hashable value; another one says that mask_mod means something
+    else. tensors: those that mask_mod reads; torch counts their changes in place (but not those made through numpy or
+    other views of the same memory that torch does not know). With either, block layouts and masks are kept.
+    """
 
     mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    version: Hashable
+    reads: tuple[Tensor, ...]
     kind: ClassVar[str] = "custom"
 
-    def __post_init__(self) -> None:
-        if not callable(self.mask_mod):
-            raise SpecError(f"Custom(mask_mod): expected a callable mask_mod(b, h, p, j), got {self.mask_mod!r}")
+    def __init__(
+        self,
+        mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        version: Hashable = None,
+        tensors: Sequence[Tensor] = (),
+    ) -> None:
+        if not callable(mask_mod):
+            raise SpecError(f"Custom(mask_mod): expected a callable mask_mod(b, h, p, j), got {mask_mod!r}")
+        if not isinstance(version, Hashable):
+            raise SpecError(f"Custom(version): expected a hashable value, got {version!r}")
+        if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, Tensor) for x in tensors):
+            raise SpecError(f"Custom(tensors): expected the tensors that mask_mod reads, in a tuple, got {tensors!r}")
+        for name, value in (("mask_mod", mask_mod), ("version", version), ("reads", tuple(tensors))):
+            object.__setattr__(self, name, value)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.mask_mod, self.version, *map(id, self.reads)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Custom) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __repr__(self) -> str:
+        said = [f"mask_mod={self.mask_mod!r}"]
+        said += [] if self.version is None else [f"version={self.version!r}"]
+        said += [f"tensors=<{len(self.reads)} tensors>"] if self.reads else []
+        return f"Custom({', '.join(said)})"
+
+    def state(self) -> Hashable | None:
+        """What tells apart two moments at which mask_mod may mean different things; None where nobody said."""
+        if self.version is None and not self.reads:
+            return None
+        try:
+            return self.version, *((id(x), x.data_ptr(), x._version) for x in self.reads)
+        except RuntimeError:  # an inference tensor counts no changes, others have no memory
+            return None
 
     def allows(self, c: Coords) -> Tensor:
         out = self.mask_mod(c.b, c.h, c.p, c.j)
@@ -229,6 +273,15 @@ class Custom(Mask):
     @classmethod
     def from_json(cls, data: object) -> Any:
         raise SpecError("mask: kind 'custom' holds Python code and is never read from JSON")
+
+
+def state(mask: Mask) -> Hashable | None:
+    """What a mask's meaning depends on now beside its own value and the call: () but for `Custom`.
+
+    For caches: what is derived from a mask may be kept under this value, and not at all where it is None.
+    """
+    states = [part.state() for part in walk(mask) if isinstance(part, Custom)]
+    return None if None in states else tuple(states)
 
 
 def longformer(window: int, tokens: tuple[int, ...] | None = None) -> Mask:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnreg import Problem, blocks, sparsity
+from attnreg import Problem, blocks, masks, sparsity
 from attnreg_cpu.arguments import longest
 from attnreg_cpu.conjunction import read_conjunction
 
@@ -29,7 +29,7 @@ class Layouts:
         self._spec = problem.spec
         self._heads = problem.q_heads
         self._blocks = (block_q, block_kv)
-        self._kept: collections.OrderedDict[tuple[int, int, int], blocks.BlockLayout] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Any, blocks.BlockLayout] = collections.OrderedDict()
 
     def params(
         self, q: Tensor, batch: int, skv: int, tensors: Mapping[str, Any]
@@ -54,8 +54,9 @@ class Layouts:
         spec = self._spec
         packed = spec.layout == "thd"
         sq = 0 if packed else (q.shape[2] if spec.layout == "bhsd" else q.shape[1])
-        if not tensors:
-            key = (batch, sq, skv)
+        state = masks.state(spec.mask)
+        if not tensors and state is not None:
+            key = (batch, sq, skv, state)
             kept = self._kept.get(key)
             if kept is None:
                 kept = self._kept[key] = self._build(sq, skv, batch, tensors, {})

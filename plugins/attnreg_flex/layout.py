@@ -93,16 +93,16 @@ class Tables:
         self.spec = spec
         self.block = block
         self.heads = heads
-        custom = any(isinstance(part, masks.Custom) for part in masks.walk(spec.mask))
-        self.by_size = not (spec.mask.tensors() or spec.sparsity.tensors() or custom or spec.align == "offset")
+        self.by_size = not (spec.mask.tensors() or spec.sparsity.tensors() or spec.align == "offset")
         self._sizes: OrderedDict[Any, tuple[Blocks | None, dict[str, Tensor]]] = OrderedDict()
         self._padded: WeakKeyDictionary[blocks.BlockLayout, Blocks] = WeakKeyDictionary()
         self._lock = Lock()
 
     def of(self, batch: int, sq: int, skv: int, device: torch.device, tensors: Mapping[str, Any]) -> Any:
         """(blocks or None, named tensors) of a call; None where every pair attends."""
-        if self.by_size and tensors.get("seqused_k") is None:
-            key = (sq, skv, device)
+        state = masks.state(self.spec.mask)
+        if self.by_size and tensors.get("seqused_k") is None and state is not None:
+            key = (batch, sq, skv, device, state)
             with self._lock:
                 found = self._sizes.get(key)
             if found is None:

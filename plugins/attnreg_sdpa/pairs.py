@@ -64,10 +64,10 @@ def causal_form(spec: AttentionSpec, sq: Any, skv: Any, packed: bool = False) ->
 
 
 def sizes_only(spec: AttentionSpec, tensors: Mapping[str, Any]) -> bool:
-    """Does the mask depend on nothing but sizes? A custom mask_mod may read what it closes over, so it does not."""
+    """Does the mask depend on nothing but sizes, and on what `masks.state` knows?"""
     if spec.mask.tensors() or spec.sparsity.tensors() or spec.align == "offset":
         return False
-    return tensors.get("seqused_k") is None and not any(isinstance(m, masks.Custom) for m in masks.walk(spec.mask))
+    return tensors.get("seqused_k") is None and masks.state(spec.mask) is not None
 
 
 def _coords(spec: AttentionSpec, at: Place) -> masks.Coords:
@@ -166,7 +166,7 @@ class Pairs:
         spec = self.spec
         if self.traced or spec.bias or spec.alibi or not sizes_only(spec, at.tensors):
             return additive(spec, at, live(spec, at), dtype)
-        key = (at.heads, at.sq, at.skv, at.device, dtype)
+        key = (at.batch, at.heads, at.sq, at.skv, at.device, dtype, masks.state(spec.mask))
         kept = self._kept
         if key in kept:
             return kept[key]
