@@ -103,7 +103,7 @@ def _kernels(given: Mapping[str, Any], spec: AttentionSpec, named: Mapping[str, 
         if found is None:
             run = _prepared(problem, backend, json.loads(config))
             kernels = run.kernels if isinstance(run, Differentiable) else run
-            made: Any = kernels if hasattr(kernels, "compute") else _Composed(run)
+            made: Any = kernels if callable(getattr(kernels, "gradients", None)) else _Composed(run)
             found = made
             table.recorded[(problem, backend, config)] = found
         table.recorded[key] = found
