@@ -1,24 +1,24 @@
-"""The flash kernels as torch operators: forward with autograd and shapes for tracing, so torch.compile sees through.
+"""The flash kernels as functions of tensors, forward and backward, which attnreg wraps for autograd and for recorders.
 
-All that is not a tensor travels as the plan's JSON string: a compiled graph that another process loads means the same.
-Operators synchronise nothing and allocate only through torch, so they record into a CUDA graph.
+They synchronise nothing and allocate only through torch, so they record into a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg import transformable
+from attnreg import Problem, masks
 
 from . import ready
+from .calls import call_tensors
 from .flash_launch import backward_launches, forward_launches, output_like, partials_like
 from .launch import ROWS_AXIS, Inputs, Launch, sizes
-from .plan import Plan, decode
-from .support import GRADIENTS, MAX_INDEX, no_second_derivative
+from .plan import Plan
+from .support import GRADIENTS, MAX_INDEX
 
 FIELDS = (
     "q", "k", "v", "bias", "alibi_slopes", "sinks", "prefix_lengths", "document_first", "document_last", "kv_lengths",
@@ -26,14 +26,6 @@ FIELDS = (
 )  # fmt: skip
 LONGEST_TILE = 256
 """No kernel's tile has more rows or keys."""
-SCHEMA = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in FIELDS)
-
-_library: Any = torch.library.Library("attnreg_triton", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
-_library.define(f"flash_forward({SCHEMA}, str plan) -> (Tensor, Tensor)")
-_library.define(
-    f"flash_backward({SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str plan, bool[5] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def readable(tensor: Tensor, axis: int, tile: int = LONGEST_TILE) -> Tensor:
@@ -117,7 +109,6 @@ def backward(
     dsinks = sink_gradient(inputs.sinks, lse, delta) if wanted[4] and inputs.sinks is not None else None
     dk, dv = dkv or (None, None)
     found = (dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks)
-    # An operator returns tensors that share no storage: each absent one is an empty tensor of its own.
     first, second, third, fourth, fifth = (inputs.q.new_empty(0) if x is None else x for x in found)
     return first, second, third, fourth, fifth
 
@@ -130,76 +121,40 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(summed.sum(0) if summed.dim() == 2 else summed)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    plan = decode(arguments[-1])
-    return forward(plan, make_inputs(plan, *arguments[:-1]))
+class FlashKernels:
+    """The kernels of a problem without autograd (attnreg's Kernels), by one plan."""
 
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        band = masks.as_band(problem.spec.mask)
+        assert band is not None, "supports() refuses a mask that is no band"
+        self._spec, self._band, self._plan, self._with_lse = problem.spec, band, plan, problem.spec.return_lse
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (out, lse, dout, dlse, text, wanted) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
-    plan = decode(text)
-    return backward(plan, make_inputs(plan, *tensors), (out, lse), (dout, dlse), list(wanted))
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        out, lse = forward(self._plan, self._inputs(q, k, v, tensors))
+        return (out, lse) if self._with_lse else out
 
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, low); see attnreg's Kernels."""
+        return (*forward(self._plan, self._inputs(q, k, v, tensors)), None)
 
-def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
-    plan, inputs = decode(arguments[-1]), Inputs(**dict(zip(FIELDS, arguments[:-1], strict=True)))
-    return output_like(plan, inputs, sizes(plan, inputs))
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor, Tensor | None],
+        upstream: tuple[Tensor, Tensor | None],
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The gradients of the wanted names; see attnreg's Kernels."""
+        given = dict(zip("qkv", inputs, strict=True)) | dict(tensors)
+        found = backward(
+            self._plan, self._inputs(*inputs, tensors), results[:2], upstream, [name in wanted for name in GRADIENTS]
+        )
+        named = zip(GRADIENTS, found, strict=True)
+        return {n: x.reshape(given[n].shape).to(given[n].dtype) for n, x in named if n in wanted}
 
-
-def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    named, wanted = dict(zip(FIELDS, arguments[: len(FIELDS)], strict=True)), arguments[-1]
-    like = [named["q"], named["k"], named["v"], named["bias"], named["sinks"]]
-    if wanted[3] and named["bias"].dim() < 4:
-        like[3] = named["bias"].reshape((1,) * (4 - named["bias"].dim()) + tuple(named["bias"].shape))
-    if wanted[4]:
-        like[4] = named["sinks"].to(torch.float32)
-    q = named["q"]
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else q.new_empty(0)
-        for tensor, want in zip(like, wanted, strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.plan = inputs[-1]
-    ctx.save_for_backward(*inputs[:-1], *output)
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _differentiate_twice(ctx: Any, *upstream: Tensor | None) -> NoReturn:
-    no_second_derivative("triton_flash")
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wanted = [needs[FIELDS.index(name)] for name in GRADIENTS]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    # Dynamo traces no Function inside the backward of another; the operator alone has its autograd there.
-    gradients_of = torch.ops.attnreg_triton.flash_backward if torch.compiler.is_dynamo_compiling() else _gradients
-    found = gradients_of(*tensors, out, lse, dout, dlse, ctx.plan, wanted)
-    gradients: dict[str, Tensor | None] = {}
-    for name, want, gradient in zip(GRADIENTS, wanted, found, strict=True):
-        given = tensors[FIELDS.index(name)]
-        gradients[name] = gradient.reshape(given.shape).to(given.dtype) if want else None
-    return (*(gradients.get(name) for name in FIELDS), None)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("flash_forward", _forward, _key)
-    _library.impl("flash_backward", _backward, _key)
-torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
-torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
-torch.library.register_autograd("attnreg_triton::flash_forward", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd(
-    "attnreg_triton::flash_backward", _differentiate_twice, setup_context=_save_nothing, lib=_library
-)
-
-_gradients = transformable(torch.ops.attnreg_triton.flash_backward, _save_nothing, _differentiate_twice)
-attend = transformable(torch.ops.attnreg_triton.flash_forward, _save, _differentiate)
-"""(out, lse), differentiable: FIELDS in order, then the plan's text."""
+    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Inputs:
+        named = call_tensors(self._spec, self._band, q, tensors)
+        return make_inputs(self._plan, q, k, v, *(named.get(name) for name in FIELDS[3:]))
