@@ -193,7 +193,8 @@ def transformable(
         # functionalize has no rule for a Function, and needs none for an operator that changes nothing.
         if kinds - {"Functionalize", "Vmap"}:
             raise InputError(
-                "functionalize", "torch has no rule for it together with grad or jvp around operators of others; leave "
+                "functionalize",
+                "torch has no rule for it together with grad or jvp around operators of others; leave "
                 "it out, since make_fx and torch.compile functionalise by themselves, or make the call under "
                 "attnreg.use_backend('eager')",
             )

@@ -201,16 +201,27 @@ def by_export(function: Function, arguments: list[Tensor]) -> Function:
     return torch.export.load(file).module()
 
 
+class Three(AsModule):
+    """Of q, k and v: torch.fx takes no variable number of arguments."""
+
+    def forward(self, q: Any, k: Any, v: Any) -> Any:
+        return self.function(q, k, v)
+
+
+class Four(AsModule):
+    """Of q, k, v and a named tensor."""
+
+    def forward(self, q: Any, k: Any, v: Any, named: Any) -> Any:
+        return self.function(q, k, v, named)
+
+
+for _module in (Three, Four):
+    # Under postponed evaluation these are text, which the pickle of a graph of torch.fx cannot import.
+    _module.forward.__annotations__.clear()
+
+
 def by_fx(function: Function, arguments: list[Tensor]) -> Function:
-    class Plain(nn.Module):
-        def forward(self, q: Any, k: Any, v: Any) -> Any:
-            return function(q, k, v)
-
-    class Named(nn.Module):
-        def forward(self, q: Any, k: Any, v: Any, named: Any) -> Any:
-            return function(q, k, v, named)
-
-    return torch.fx.symbolic_trace(Plain() if len(arguments) == 3 else Named())
+    return torch.fx.symbolic_trace((Three if len(arguments) == 3 else Four)(function))
 
 
 def by_functionalize(function: Function, arguments: list[Tensor]) -> Function:
