@@ -39,7 +39,7 @@ def merge_states(states: Sequence[tuple[Tensor, Tensor]], *, layout: str = "bhsd
     """
     given = _flat(states)
     if not torch.compiler.is_compiling() and has_torch_function(given):
-        return handle_torch_function(merge_states, given, states, layout=layout)  # type: ignore[no-any-return]
+        return handle_torch_function(merge_states, given, states, layout=layout)
     if layout not in LSE:
         raise InputError("layout", f"expected one of {', '.join(LSE)}, got {layout!r}")
     pairs = _checked(states, layout)

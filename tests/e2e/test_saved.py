@@ -62,7 +62,8 @@ def test_another_process_loads_them() -> None:
     files = [str(path) for path in sorted(SAVED.glob("*.pt2"))]
     done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert len(files) == 2 and done.stdout.strip() == "[]"
+    assert len(files) == 2
+    assert done.stdout.strip() == "[]"
 
 
 def test_schemas_only_grow_at_their_end() -> None:
