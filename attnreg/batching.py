@@ -28,7 +28,7 @@ Out = tuple[Any, Any]
 
 
 def forward(operator: Callable[..., Any], spec: AttentionSpec, size: int, given: dict[str, Any], dims: Dims) -> Out:
-    """(results, their mapped dimensions) of the forward operator. given, dims: its arguments and where each is mapped."""
+    """(results, mapped dimensions) of the forward operator. given, dims: its arguments and where each is mapped."""
     if not _folds(spec, given, dims):
         return _one_by_one(operator, size, given, dims)
     folded = _folded(spec, size, given, dims, ())

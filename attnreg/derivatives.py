@@ -171,7 +171,7 @@ def gradients_again(
 
 
 def draw_seed(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The seed of a call's dropout, int64 [1]: drawn on q's device, so that nothing waits and recorders see it drawn."""
+    """The seed of a call's dropout, int64 [1]: drawn on its device: nothing waits, and recorders see it drawn."""
     return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
 
 

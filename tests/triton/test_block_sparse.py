@@ -159,7 +159,7 @@ def test_a_second_derivative_is_refused() -> None:
     out = SPARSE.prepare(asked, SPARSE.space(asked, HARDWARE).default)(inputs.q, inputs.k, inputs.v)
     found = torch.autograd.grad(out.pow(2).sum(), (inputs.q, inputs.k, inputs.v), create_graph=True)
     for gradient in found:
-        with pytest.raises(errors.BackendError, match=r"triton_block_sparse: .* no second derivative"):
+        with pytest.raises(errors.BackendError, match="triton_block_sparse: no second derivative"):
             torch.autograd.grad(gradient.pow(2).sum() + out.sum(), inputs.q, retain_graph=True)
 
 
