@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from attnreg.derivatives import NAMES, Elsewhere, Upstream, has_tangent, levels
+from attnreg.derivatives import NAMES, Elsewhere, Upstream, draw_seed, has_tangent, levels
 from attnreg.errors import BackendError
 from attnreg.operands import base, is_plain, settled
 from attnreg.problem import GRADS, Problem
@@ -27,7 +27,8 @@ class Kernels(Protocol):
     `gradients` reads beside it; else lse is None unless the spec returns it. low: the part of the log of the sum that
     lse in float32 has lost, in its shape, or None.
     gradients: of the names in `wanted`, each shaped and typed like its tensor. results: what compute gave. upstream:
-    the gradients of out and of lse, the latter None for 0.
+    the gradients of out and of lse, the latter None for 0. tensors: the named tensors, and `seed`, int64 [1], where the
+    spec has dropout: `gradients` gets the one that `compute` got.
     """
 
     def compute(
@@ -59,6 +60,8 @@ class Differentiable:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         rest = {name: x for name, x in tensors.items() if name not in GRADS}
+        if self.elsewhere.problem.spec.dropout_p:
+            rest["seed"] = draw_seed(q, rest.pop("generator", None))
         out, lse = _Attention.apply(self, rest, q, k, v, *(tensors.get(name) for name in GRADS))  # type: ignore[no-untyped-call]
         return (out, lse) if self._return_lse else out
 

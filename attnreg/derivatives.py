@@ -19,12 +19,14 @@ from attnreg.errors import BackendError
 from attnreg.operands import base
 from attnreg.problem import GRADS, Problem
 from attnreg.spec import AttentionSpec
+from attnreg.tracing import is_traced
 
 __all__ = [
     "NAMES",
     "Elsewhere",
     "Upstream",
     "asked",
+    "draw_seed",
     "gradients_again",
     "has_higher",
     "has_tangent",
@@ -125,7 +127,8 @@ def gradients_again(
     fields = {n: getattr(problem.spec, n) for n in type(problem.spec).model_fields}
     spec = AttentionSpec(**{**fields, "return_lse": True})
     tangents = problem.tangents | (frozenset(wanted) if has_tangent(*inputs.values(), *upstream) else frozenset())
-    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), tangents=tangents, traced=False))
+    traced = is_traced(*inputs.values(), *upstream)
+    run = _able(replace(problem, spec=spec, order=max(problem.order, 2), tangents=tangents, traced=traced))
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: where k depends on q, its path is not q's.
@@ -154,6 +157,11 @@ def _alias(x: Tensor) -> Tensor:
     # What Tensor.requires_grad_ does; torch.func forbids that, since a transform would not know of it.
     leaf.requires_grad = True
     return leaf
+
+
+def draw_seed(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The seed of a call's dropout, int64 [1]: drawn on its device: nothing waits, and recorders see it drawn."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
 
 
 def has_tangent(*xs: Any) -> bool:

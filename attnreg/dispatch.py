@@ -67,8 +67,7 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     UnsupportedError with every backend's reasons where none can run it.
     """
     if torch.compiler.is_compiling():
-        if tensors.get("generator") is not None:
-            raise InputError("generator", "torch.compile cannot carry one into its graph; seed torch's own RNG instead")
+        _refuse_generator(tensors)
         _open_graph_call()
         return _graph_call(spec, q, k, v, tensors)
     if not ordinary():
@@ -94,6 +93,11 @@ def attention(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: A
     return _slow(spec, q, k, v, tensors)
 
 
+def _refuse_generator(tensors: Mapping[str, Any]) -> None:
+    if tensors.get("generator") is not None:
+        raise InputError("generator", "torch.compile cannot carry one into its graph; seed torch's own RNG instead")
+
+
 def _autocast(kind: str) -> bool:
     """Is autocast on for this kind of device? Some, such as meta, have none."""
     return torch.amp.autocast_mode.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -109,6 +113,9 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
     tensors = _given(tensors)
     everything = (q, k, v, *tensors.values())
     if has_torch_function(everything):  # a subclass, a proxy or a mode has a say of its own
+        force = forced.get()
+        if force is not None and any(map(_is_proxy, everything)):
+            return handle_torch_function(attention_by, everything, *force, spec, q, k, v, **tensors)
         return handle_torch_function(attention, everything, spec, q, k, v, **tensors)
     remember = ordinary() and _all_plain({"q": q, "k": k, "v": v, **tensors})
     q, k, v, tensors = _settled(q, k, v, tensors)
@@ -130,6 +137,20 @@ def _slow(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping
         if not tensors and (key := growing_key(spec, q, k, v)) is not None:
             table().growing[key] = entry
     return out
+
+
+def _is_proxy(x: object) -> bool:
+    """Does `x` stand for a value in a trace of torch.fx?"""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def attention_by(
+    name: str, pairs: tuple[tuple[str, Any], ...] | None, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor,
+    **tensors: Any,
+) -> Any:  # fmt: skip
+    """attention() under use_backend: what torch.fx records of a call that stood under it."""
+    with use_backend(name, None if pairs is None else dict(pairs)):
+        return attention(spec, q, k, v, **tensors)
 
 
 @dataclass(frozen=True)
@@ -169,8 +190,41 @@ def _settled(q: Any, k: Any, v: Any, tensors: Mapping[str, Any]) -> tuple[Any, A
     return q, k, v, settle_all(tensors)
 
 
+class _Bound:
+    """What a prepared callable stands for, wherever it is not called as it was prepared; to Dynamo a constant."""
+
+    def __init__(self, spec: AttentionSpec, force: Forced | None) -> None:
+        self.spec, self.force = spec, force
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bound) and (self.spec, self.force) == (other.spec, other.force)
+
+    def __hash__(self) -> int:
+        return hash((self.spec, self.force))
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
+        token = forced.set(self.force)
+        try:
+            return attention(self.spec, q, k, v, **tensors)
+        finally:
+            forced.reset(token)
+
+
+register_constant(_Bound)
+
+
+def _slow_bound(bound: _Bound, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
+    token = forced.set(bound.force)
+    try:
+        return _slow(bound.spec, q, k, v, tensors)
+    finally:
+        forced.reset(token)
+
+
 _graph_call = _slow
 _open_graph_call = opened_at_trace_time(globals(), "_graph_call")
+_graph_bound = _slow_bound
+_open_graph_bound = opened_at_trace_time(globals(), "_graph_bound")
 
 
 def _watch(q: Tensor, tensors: Mapping[str, Any], traced: bool) -> bool:
@@ -354,26 +408,31 @@ def prepare(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, **tensors: Any
         with torch.autocast(kind, enabled=False):
             inner = prepare(spec, *(_cast(x, kind) for x in (q, k, v)), **_cast_named(tensors, kind))
         return lambda q, k, v, **named: inner(*(_cast(x, kind) for x in (q, k, v)), **_cast_named(named, kind))
+    for name, x in (("q", q), ("k", k), ("v", v), *tensors.items()):
+        if _is_proxy(x):
+            raise InputError(
+                name, "expected a tensor, got a torch.fx Proxy; prepare outside of what is traced, or call attention()"
+            )
     problem, _ = decision(spec, q, k, v, **tensors)
     known = _known(problem, False) or _first_call(problem, False, lambda run: None)[0]
-    return _guarded(spec, known.run, forced.get(), (kind_of(q), kind_of(k), kind_of(v)))
+    return _guarded(_Bound(spec, forced.get()), known.run, (kind_of(q), kind_of(k), kind_of(v)))
 
 
-def _guarded(spec: AttentionSpec, run: Run, force: Forced | None, kinds: tuple[Kind, Kind, Kind]) -> Run:
+def _guarded(bound: _Bound, run: Run, kinds: tuple[Kind, Kind, Kind]) -> Run:
     """`run` for calls like the one that it was prepared for, and attention() for those that are not."""
     of_q, of_k, of_v = kinds
 
     def call(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _refuse_generator(tensors)
+            _open_graph_bound()
+            return _graph_bound(bound, q, k, v, tensors)
         # torch's guards end the process where they are asked for a nested tensor.
         dense = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
         dense = dense and not (q.is_nested or k.is_nested or v.is_nested)
         if dense and ordinary() and of_q(q) and of_k(k) and of_v(v) and (not tensors or _all_plain(tensors)):
             return run(q, k, v, **tensors)
-        token = forced.set(force)
-        try:
-            return attention(spec, q, k, v, **tensors)
-        finally:
-            forced.reset(token)
+        return bound.call(q, k, v, tensors)
 
     return call
 

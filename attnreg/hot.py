@@ -45,6 +45,8 @@ _autocast_on: Callable[[], bool] = getattr(
 )
 _grad_on: Callable[[], bool] = getattr(torch._C, "is_grad_enabled", torch.is_grad_enabled)
 _deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+_strides: Callable[[Tensor], tuple[int, ...]] = torch.Tensor.stride
+"""Of tensors alone: a proxy of torch.fx, whose own method would be recorded, is a TypeError."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def exact_key(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Map
     from the table: see `tracing.ordinary`.
     """
     return (
-        spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, q.device,
+        spec, q.shape, k.shape, v.shape, _strides(q), _strides(k), _strides(v), q.dtype, k.dtype, q.device,
         q.requires_grad, k.requires_grad, _grad_on(), _deterministic(), forced.get(), _autocast_on(),
         tuple([_signature(n, x) for n, x in tensors.items()]) if tensors else None,
     )  # fmt: skip

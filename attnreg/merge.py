@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from attnreg.errors import DeviceError, DtypeError, InputError, ShapeError
 from attnreg.operands import settled
@@ -39,6 +40,9 @@ def merge_states(states: Sequence[tuple[Tensor, Tensor]], *, layout: str = "bhsd
     Raises ShapeError, DtypeError or DeviceError naming the state that does not fit, InputError for no states or an
     unknown layout. Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
+    given = _flat(states)
+    if not torch.compiler.is_compiling() and has_torch_function(given):
+        return handle_torch_function(merge_states, given, states, layout=layout)
     if layout not in LSE:
         raise InputError("layout", f"expected one of {', '.join(LSE)}, got {layout!r}")
     pairs = _checked(states, layout)
@@ -63,6 +67,13 @@ def merge_states(states: Sequence[tuple[Tensor, Tensor]], *, layout: str = "bhsd
         out = out + share * kept
     widest = torch.float64 if any(x.dtype == torch.float64 for _, x in pairs) else torch.float32
     return out.to(pairs[0][0].dtype), lse.to(widest)
+
+
+def _flat(states: Any) -> tuple[Any, ...]:
+    """All that may be a tensor, or stand for one in a trace of torch.fx: a state, or all of them."""
+    if not isinstance(states, (tuple, list)):
+        return (states,)
+    return tuple(x for state in states for x in (state if isinstance(state, (tuple, list)) else (state,)))
 
 
 def _checked(states: Any, layout: str) -> list[tuple[Tensor, Tensor]]:

@@ -3,13 +3,13 @@
 `attnreg::attention` and its backward are defined when attnreg is imported, without loading a plugin, so a saved program
 loads in any process that has imported attnreg. All that is no tensor travels as text: the spec, the names that need a
 gradient, and the backend and configuration that were chosen. Where these cannot serve when the program runs, on another
-machine or in another release, the choice is made anew there. New named tensors are added at the end of the schema's
-optional arguments, so that saved programs stay valid.
+machine or in another release, the choice is made anew there. A new named tensor goes to the end of the schema, where
+all have a default, so that saved programs stay valid. The seed of dropout is drawn by an operator of torch's before
+the call: a recorded program draws another at each run, and the backward pass gets that of its forward.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,40 +18,35 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attnreg import hot, registry
+from attnreg import batching, counted, hot, registry
 from attnreg.autograd import Differentiable, Kernels
 from attnreg.decide import decide
-from attnreg.derivatives import NAMES, gradients_again
-from attnreg.errors import BackendError, ConfigError, InputError
+from attnreg.derivatives import NAMES, draw_seed, gradients_again
+from attnreg.errors import BackendError, ConfigError, InputError, SpecError
 from attnreg.hardware import detect
-from attnreg.problem import GRADS, Problem
+from attnreg.problem import Problem
 from attnreg.registry import reasons_of, space_of
+from attnreg.schema import (
+    BACKWARD,
+    BACKWARD_SCHEMA,
+    FORWARD,
+    FORWARD_SCHEMA,
+    LENGTHS,
+    OPTIONAL,
+    RESULTS,
+    SAVED,
+    TEXTS,
+)
 from attnreg.space import Config
-from attnreg.spec import AttentionSpec
+from attnreg.spec import AttentionSpec, spec_of_text
 from attnreg.tracing import is_traced, transform, transformable
 from attnreg.validate import FLOAT8, check
 
 __all__ = ["Recorded", "recorded"]
 
-TENSORS = (
-    "attn_mask", "bias", "alibi_slopes", "sinks", "score_weight", "prefix_lengths", "global_mask", "document_ids",
-    "kv_lengths", "query_offset", "block_mask", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seqused_k", "q_descale",
-    "k_descale", "v_descale",
-)  # fmt: skip
-LENGTHS = ("max_seqlen_q", "max_seqlen_k")
-FIELDS = ("q", "k", "v", *TENSORS, *LENGTHS)
-TEXTS = ("spec", "grads", "backend", "config")
-_CALL = ", ".join(
-    [*("Tensor " + n for n in "qkv"), *(f"Tensor? {n}" for n in TENSORS), *(f"SymInt? {n}" for n in LENGTHS)]
-)
-_SAID = ", ".join(f"str {name}" for name in TEXTS)
-
 _library: Any = torch.library.Library("attnreg", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
-_library.define(f"attention({_CALL}, {_SAID}) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"attention_backward({_CALL}, Tensor out, Tensor lse, Tensor low, Tensor dout, Tensor? dlse, {_SAID})"
-    f" -> ({', '.join(['Tensor'] * len(NAMES))})"
-)
+_library.define(FORWARD_SCHEMA)
+_library.define(BACKWARD_SCHEMA)
 
 
 def recorded(problem: Problem, backend: str, config: Config) -> Recorded:
@@ -66,46 +61,50 @@ class Recorded:
     """run(q, k, v, **tensors): one operator call."""
 
     def __init__(self, problem: Problem, backend: str, config: Config) -> None:
-        text = problem.spec.model_dump_json(exclude_defaults=True)
+        try:
+            text = problem.spec.model_dump_json(exclude_defaults=True)
+        except SpecError as error:
+            raise SpecError(
+                f"a recorded call carries its spec as text: {error}; under attnreg.use_backend('eager') make_fx, "
+                "torch.export and torch.compile record the operators that such a mask consists of"
+            ) from None
         grads = ",".join(name for name in NAMES if name in problem.grads)
         self._texts = (text, grads, backend, json.dumps(dict(config), sort_keys=True))
         self._return_lse = problem.spec.return_lse
+        self._dropout = problem.spec.dropout_p > 0
         # What cannot be built is found out now, while another backend can be taken.
         registry.current().get(backend).backend.prepare(replace(problem, traced=False), config)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
         if tensors.get("generator") is not None:
             raise InputError("generator", "a recorded call cannot carry one; seed torch's own random numbers instead")
-        out, lse, _ = _attend(q, k, v, *(tensors.get(name) for name in FIELDS[3:]), *self._texts)
+        counted.register()
+        named = {**tensors, "seed": draw_seed(q)} if self._dropout else tensors
+        out, lse, _ = _attend(q, k, v, *self._texts, *(named.get(name) for name in OPTIONAL))
         return (out, lse) if self._return_lse else out
 
 
-@functools.lru_cache(maxsize=1024)
-def _spec(text: str) -> AttentionSpec:
-    spec: AttentionSpec = AttentionSpec.model_validate_json(text)
-    return spec
-
-
-def _named(values: tuple[Any, ...]) -> dict[str, Any]:
+def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """The named tensors and lengths that were given, of an operator's arguments."""
-    return {name: x for name, x in zip(FIELDS[3:], values[3:], strict=True) if x is not None}
+    return {name: given[name] for name in OPTIONAL if given.get(name) is not None}
 
 
-def _kernels(values: tuple[Any, ...], spec: AttentionSpec, texts: tuple[str, str, str]) -> Kernels:
+def _kernels(given: Mapping[str, Any], spec: AttentionSpec, named: Mapping[str, Any]) -> Kernels:
     """What computes the call: by the recorded backend where it can, else by the one that is chosen now."""
-    q, k, v, named = *values[:3], _named(values)
+    q, k, v = given["q"], given["k"], given["v"]
+    grads, backend, config = texts = tuple(given[name] for name in TEXTS[1:])
     table = hot.table()
     key = (hot.exact_key(spec, q, k, v, named), v.dtype, k.device, v.device, texts)
     found: Kernels | None = table.recorded.get(key)
     if found is None:
-        grads, backend, config = texts
-        problem = Problem.of(spec, check(spec, q, k, v, named), q, k, v, named)
+        called = {name: x for name, x in named.items() if name != "seed"}
+        problem = Problem.of(spec, check(spec, q, k, v, called), q, k, v, called)
         problem = replace(problem, grads=frozenset(filter(None, grads.split(",")))).bucket()
         found = table.recorded.get((problem, backend, config))
         if found is None:
             run = _prepared(problem, backend, json.loads(config))
             kernels = run.kernels if isinstance(run, Differentiable) else run
-            made: Any = kernels if hasattr(kernels, "compute") else _Composed(problem, run)
+            made: Any = kernels if callable(getattr(kernels, "gradients", None)) else _Composed(run)
             found = made
             table.recorded[(problem, backend, config)] = found
         table.recorded[key] = found
@@ -129,15 +128,23 @@ def _prepared(problem: Problem, backend: str, config: Config) -> Callable[..., A
 class _Composed:
     """Kernels of a backend that consists of torch's operators: its backward pass makes the forward again."""
 
-    def __init__(self, problem: Problem, run: Callable[..., Any]) -> None:
-        self._problem, self._run = problem, run
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def _again(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The call; both passes draw the same dropout from the same seed."""
+        named = dict(tensors)
+        seed = named.pop("seed", None)
+        if seed is not None:
+            named["generator"] = torch.Generator(q.device).manual_seed(int(seed))
+        out = self._run(q, k, v, **named)
+        return out if isinstance(out, tuple) else (out, None)
 
     def compute(
         self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with torch.no_grad():
-            out = self._run(q, k, v, **tensors)
-        return (out[0], out[1], None) if isinstance(out, tuple) else (out, None, None)
+            return (*self._again(q, k, v, tensors), None)
 
     def gradients(
         self,
@@ -151,9 +158,11 @@ class _Composed:
         leaves = {name: given[name].detach().requires_grad_() for name in sorted(wanted)}
         given |= leaves
         with torch.enable_grad():
-            out = self._run(given.pop("q"), given.pop("k"), given.pop("v"), **given)
-        both = out if isinstance(out, tuple) else (out,)
-        pairs = [(y, g) for y, g in zip(both, upstream, strict=False) if g is not None and y.requires_grad]
+            both = self._again(given.pop("q"), given.pop("k"), given.pop("v"), given)
+        reached = zip(both, upstream, strict=True)
+        pairs = [(y, g) for y, g in reached if y is not None and g is not None and y.requires_grad]
+        if not pairs:
+            return {name: torch.zeros_like(x) for name, x in leaves.items()}
         found = torch.autograd.grad(
             [y for y, _ in pairs], list(leaves.values()), [g for _, g in pairs], materialize_grads=True
         )
@@ -161,14 +170,14 @@ class _Composed:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    values, (text, grads, backend, config) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
-    spec, (q, k, v) = _spec(text), values[:3]
-    kernels = _kernels(values, spec, (grads, backend, config))
-    out, lse, low = kernels.compute(q, k, v, _named(values), bool(grads))
+    given = dict(zip(FORWARD, arguments, strict=False))
+    q, grads, spec, named = given["q"], given["grads"], spec_of_text(given["spec"]), _named(given)
+    kernels = _kernels(given, spec, named)
+    out, lse, low = kernels.compute(q, given["k"], given["v"], named, bool(grads))
     # Dense results of the promised shapes, each with memory of its own.
     lse_shape, low_shape = _row_shapes(q, spec, grads)
-    lse = q.new_zeros(lse_shape, dtype=torch.float32) if lse is None else lse.contiguous()
-    low = q.new_zeros(low_shape, dtype=torch.float32) if low is None else low.contiguous()
+    lse = q.new_zeros(lse_shape, dtype=torch.float32) if lse is None or lse_shape == (0,) else lse.contiguous()
+    low = q.new_zeros(low_shape, dtype=torch.float32) if low is None or low_shape == (0,) else low.contiguous()
     return out.contiguous(), lse, low
 
 
@@ -180,21 +189,21 @@ def _row_shapes(q: Tensor, spec: AttentionSpec, grads: str) -> tuple[tuple[Any, 
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, v, (text, grads, *_) = arguments[0], arguments[2], arguments[len(FIELDS) :]
-    spec = _spec(text)
+    given = dict(zip(FORWARD, arguments, strict=False))
+    q, v = given["q"], given["v"]
     dtype = torch.bfloat16 if q.dtype in FLOAT8 else q.dtype
-    lse, low = (q.new_empty(shape, dtype=torch.float32) for shape in _row_shapes(q, spec, grads))
+    shapes = _row_shapes(q, spec_of_text(given["spec"]), given["grads"])
+    lse, low = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype), lse, low
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    values, rest = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
-    out, lse, low, dout, dlse, text, grads, backend, config = rest
-    q, k, v = values[:3]
-    kernels = _kernels(values, _spec(text), (grads, backend, config))
-    wanted = frozenset(filter(None, grads.split(",")))
+    given = dict(zip(BACKWARD, arguments, strict=False))
+    q, k, v, out, lse, low, dout, dlse = (given[name] for name in BACKWARD[:8])
+    spec, named, wanted = spec_of_text(given["spec"]), _named(given), frozenset(filter(None, given["grads"].split(",")))
+    kernels = _kernels(given, spec, named)
     with _autograd():
-        found = kernels.gradients((q, k, v), _named(values), (out, lse, low), (dout, dlse), wanted)
+        found = kernels.gradients((q, k, v), named, (out, lse, low), (dout, dlse), wanted)
     return tuple(found[n].contiguous() if n in wanted else out.new_empty(0) for n in NAMES)
 
 
@@ -207,37 +216,40 @@ def _autograd() -> Any:
 
 
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    given = dict(zip(FIELDS, arguments, strict=False))
-    wanted = arguments[-3].split(",")
+    given = dict(zip(BACKWARD, arguments, strict=False))
+    wanted = given["grads"].split(",")
     return tuple(given[n].new_empty(given[n].shape) if n in wanted else given["q"].new_empty(0) for n in NAMES)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    values = inputs[: len(FIELDS)]
-    ctx.texts = inputs[len(FIELDS) :]
+    given = dict(zip(FORWARD, inputs, strict=False))
+    ctx.said = {name: given.get(name) for name in (*TEXTS, *LENGTHS)}
     ctx.set_materialize_grads(False)
-    ctx.lengths = values[-len(LENGTHS) :]
-    ctx.save_for_backward(*values[: -len(LENGTHS)], *output)
+    ctx.save_for_backward(*(given.get(name) for name in SAVED), *output)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *values, out, lse, low = ctx.saved_tensors
-    nothing = (None,) * (len(FIELDS) + len(TEXTS))
+    given = ctx.said | dict(zip((*SAVED, *RESULTS), ctx.saved_tensors, strict=True))
+    asked = tuple(zip(FORWARD, ctx.needs_input_grad, strict=False))
     if dout is None and dlse is None:
-        return nothing
-    values += ctx.lengths
-    needs = [name for name in NAMES if ctx.needs_input_grad[FIELDS.index(name)]]
-    if torch.is_grad_enabled() and transform() is None and not is_traced(*values, out, dout, dlse):
-        spec, (q, k, v), named = _spec(ctx.texts[0]), values[:3], _named(tuple(values))
-        problem = Problem.of(spec, check(spec, q, k, v, named), q, k, v, named)
-        given = {"q": q, "k": k, "v": v, **named}
-        gradients: Mapping[str, Tensor] = gradients_again(problem, given, (dout, dlse), needs)
+        return (None,) * len(asked)
+    needs = [name for name, need in asked if need and name in NAMES]
+    tensors = [given[name] for name in (*SAVED, *RESULTS)]
+    if torch.is_grad_enabled() and transform() is None and not is_traced(*tensors, dout, dlse):
+        spec, (q, k, v), named = spec_of_text(given["spec"]), (given[n] for n in "qkv"), _named(given)
+        called = {name: x for name, x in named.items() if name != "seed"}
+        problem = Problem.of(spec, check(spec, q, k, v, called), q, k, v, called)
+        again = {"q": q, "k": k, "v": v, **called}
+        gradients: Mapping[str, Tensor] = gradients_again(problem, again, (dout, dlse), needs)
     else:
-        dout = torch.zeros_like(out) if dout is None else dout
-        texts = (ctx.texts[0], ",".join(needs), *ctx.texts[2:])
-        found = _gradients(*values, out, lse, low, dout, dlse, *texts)
+        unasked, given["grads"] = not given["grads"], ",".join(needs)
+        if unasked:  # recorded without a gradient, so that what its backward pass reads was not kept
+            with torch.no_grad():
+                given |= dict(zip(RESULTS, torch.ops.attnreg.attention(*(given[n] for n in FORWARD)), strict=True))
+        given |= {"dout": torch.zeros_like(given["out"]) if dout is None else dout, "dlse": dlse}
+        found = _gradients(*(given[name] for name in BACKWARD))
         gradients = dict(zip(NAMES, found, strict=True))
-    return (*(gradients[n] if n in needs else None for n in FIELDS), *(None,) * len(TEXTS))
+    return tuple(gradients[name] if name in needs else None for name, _ in asked)
 
 
 def _never(ctx: Any, *upstream: Any) -> NoReturn:
@@ -250,6 +262,17 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
+def _batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    given, dims = dict(zip(FORWARD, arguments, strict=False)), dict(zip(FORWARD, in_dims, strict=False))
+    return batching.forward(torch.ops.attnreg.attention, spec_of_text(given["spec"]), info.batch_size, given, dims)
+
+
+def _batched_gradients(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    given, dims = dict(zip(BACKWARD, arguments, strict=False)), dict(zip(BACKWARD, in_dims, strict=False))
+    operator = torch.ops.attnreg.attention_backward
+    return batching.backward(operator, spec_of_text(given["spec"]), info.batch_size, given, dims)
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("attention", _forward, _device)
     _library.impl("attention_backward", _backward, _device)
@@ -257,7 +280,8 @@ torch.library.register_fake("attnreg::attention", _forward_shapes, lib=_library)
 torch.library.register_fake("attnreg::attention_backward", _backward_shapes, lib=_library)
 torch.library.register_autograd("attnreg::attention", _differentiate, setup_context=_save, lib=_library)
 torch.library.register_autograd("attnreg::attention_backward", _never, setup_context=_save_nothing, lib=_library)
+torch.library.register_vmap("attnreg::attention", _batched, lib=_library)
+torch.library.register_vmap("attnreg::attention_backward", _batched_gradients, lib=_library)
 
 _attend = transformable(torch.ops.attnreg.attention, _save, _differentiate)
 _gradients = transformable(torch.ops.attnreg.attention_backward, _save_nothing, _never)
-assert frozenset(GRADS) <= frozenset(TENSORS)

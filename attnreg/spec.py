@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from attnreg.masks.expression import picture_size
 from attnreg.scores import ScaledDot, Score
 from attnreg.sparsity import Dense, Sparsity
 
-__all__ = ["AttentionSpec", "HeadGrouping", "Precision"]
+__all__ = ["AttentionSpec", "HeadGrouping", "Precision", "spec_of_text"]
 
 Number = Literal["same", "float8_e4m3fn", "float8_e5m2", "int8"]
 
@@ -213,6 +214,13 @@ class AttentionSpec(_Frozen):
         self.mask.to_json()
         return super().model_dump_json(**kwargs)
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """What torch.fx puts into its graph for a spec: a call that makes it of its JSON text.
+
+        Raises SpecError for a mask that has none (`masks.Custom`).
+        """
+        return tracer.create_node("call_function", spec_of_text, (self.model_dump_json(exclude_defaults=True),), {})
+
     def digest(self) -> str:
         """A hash of the meaning that is the same in every process and release: 16 hex digits."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -267,3 +275,14 @@ class AttentionSpec(_Frozen):
         return f"AttentionSpec({', '.join(said)})"
 
     __str__ = __repr__
+
+
+def spec_of_text(text: str) -> AttentionSpec:
+    """The spec that its JSON text says: what recorded programs carry."""
+    return _spec_of_text(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _spec_of_text(text: str) -> AttentionSpec:
+    spec: AttentionSpec = AttentionSpec.model_validate_json(text)
+    return spec

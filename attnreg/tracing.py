@@ -13,7 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from attnreg.errors import AttnregError
+from attnreg.errors import AttnregError, InputError
 from attnreg.operands import is_plain
 from attnreg.validate import Sizes
 
@@ -186,6 +186,18 @@ def transformable(
             return differentiate(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:
-        return operator(*arguments) if transform() is None else Function.apply(*arguments)  # type: ignore[no-untyped-call]
+        levels: Any = torch._C._functorch.get_interpreter_stack() if transform() is not None else ()
+        kinds = {level.key().name for level in levels}
+        if "Functionalize" not in kinds:
+            return Function.apply(*arguments) if kinds else operator(*arguments)  # type: ignore[no-untyped-call]
+        # functionalize has no rule for a Function, and needs none for an operator that changes nothing.
+        if kinds - {"Functionalize", "Vmap"}:
+            raise InputError(
+                "functionalize",
+                "torch has no rule for it together with grad or jvp around operators of others; leave "
+                "it out, since make_fx and torch.compile functionalise by themselves, or make the call under "
+                "attnreg.use_backend('eager')",
+            )
+        return operator(*arguments)
 
     return call

@@ -50,10 +50,10 @@ class Eager:
         return 5e-4 + forward * (4 if problem.needs_grad else 1)
 
     def prepare(self, problem: Problem, config: Any) -> Any:
-        """A callable for any sizes: nothing but the spec is bound."""
-        spec = problem.spec
+        """A callable for any sizes: nothing is bound but the spec, and whether values may be read."""
+        spec, traced = problem.spec, problem.traced
 
         def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-            return attend(spec, q, k, v, tensors)
+            return attend(spec, q, k, v, tensors, traced)
 
         return run

@@ -19,37 +19,44 @@ __all__ = ["attend", "exact"]
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Any:
-    """The output in q's layout and dtype (bfloat16 where q is float8), or (out, lse) where the spec says so."""
+def attend(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], recorded: bool | None = None
+) -> Any:
+    """The output in q's layout and dtype (bfloat16 where q is float8), or (out, lse) where the spec says so.
+
+    recorded: may no value be read, and sizes be symbols? None, where nobody has said: as the tensors look.
+    """
+    tracing = traced(q, k, v) if recorded is None else recorded
     if torch.is_autocast_enabled(q.device.type):
         # Autocast would round the products of the reference to half precision.
         with torch.autocast(q.device.type, enabled=False):
-            return attend(spec, q, k, v, tensors)
-    out, lse = exact(spec, q, k, v, tensors)
+            return attend(spec, q, k, v, tensors, tracing)
+    out, lse = exact(spec, q, k, v, tensors, tracing)
     out = out.to(torch.bfloat16 if q.dtype in FLOAT8 else q.dtype)
     return (out, lse.float()) if spec.return_lse else out
 
 
-def exact(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def exact(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], tracing: bool = False
+) -> tuple[Tensor, Tensor]:
     """Output and lse in the dtype of the computation, before they are rounded to what the contract says."""
     x, rest = operands(q, k, v, tensors)
     if spec.layout == "thd":
-        return (all_at_once if traced(q, k, v) else one_by_one)(spec, x, rest)
+        return (all_at_once if tracing else one_by_one)(spec, x, rest)
     if spec.layout == "bhsd":
-        return _bhsd(spec, x, rest)
+        return _bhsd(spec, x, rest, tracing)
     x = x._replace(q=q.transpose(1, 2))
     if spec.page_size is None:
         x = x._replace(k=k.transpose(1, 2), v=v.transpose(1, 2))
-    out, lse = _bhsd(spec, x, rest)
+    out, lse = _bhsd(spec, x, rest, tracing)
     return out.transpose(1, 2), lse
 
 
-def _bhsd(spec: AttentionSpec, x: Operands, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _bhsd(spec: AttentionSpec, x: Operands, tensors: Mapping[str, Any], tracing: bool) -> tuple[Tensor, Tensor]:
     """Output and lse of q in layout bhsd, k and v the same or in pages."""
     batch, q_heads, sq, _ = x.q.shape
     table = tensors.get("block_table")
     skv = x.k.shape[2] if table is None else table.shape[1] * x.k.shape[2]
-    tracing = traced(x.q, x.k, x.v)
     frame = padded_frame(
         spec, tensors, x.q.device, batch=batch, q_heads=q_heads, group=q_heads // x.k.shape[1], sq=sq, skv=skv
     )

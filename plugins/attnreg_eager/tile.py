@@ -151,6 +151,9 @@ def by_kv_head(x: Tensor, y: Tensor) -> Tensor:
     kv_heads = y.shape[1]
     if q_heads == kv_heads:
         return x @ y
+    if isinstance(n, torch.SymInt) or isinstance(batch, torch.SymInt):
+        # Rows of a symbolic number cannot be packed without a guard on it: keys are repeated instead.
+        return x @ y.repeat_interleave(q_heads // kv_heads, 1)
     out = x.reshape(batch, kv_heads, (q_heads // kv_heads) * n, m) @ y
     return out.reshape(batch, q_heads, n, y.shape[-1])
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg import Hardware, Problem, SearchSpace, blocks, masks
+from attnreg import Hardware, Problem, SearchSpace, blocks, differentiable, masks
 
 from . import block_sparse_space
+from .calls import drawn
 from .crosscompile import CrossCompiled
 from .flash import Config, Run
-from .launch import ROWS_AXIS, Inputs, Launch, sizes
+from .launch import ROWS_AXIS, Inputs, Launch, natural, sizes
 from .plan import Plan
 from .signatures import CompileSpec
 from .support import (
@@ -24,7 +25,6 @@ from .support import (
     gradient_reasons,
     head_dim_reasons,
     machine_reasons,
-    no_second_derivative,
     score_reasons,
     size_reasons,
 )
@@ -73,18 +73,8 @@ class TritonBlockSparse(CrossCompiled):
 
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
-        plan, spec, grad = make_plan(problem, config), problem.spec, problem.needs_grad
-
-        def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-            call = make_call(problem, plan, q, k, v, tensors)
-            x = call.inputs
-            if grad and torch.is_grad_enabled():
-                out, lse, _ = Attend.apply(call, x.q, x.k, x.v, x.bias, x.sinks)  # type: ignore[no-untyped-call]  # torch's
-            else:
-                out, lse, _ = forward(call, kept=False)
-            return (out, lse) if spec.return_lse else out
-
-        return run
+        kernels = BlockKernels(problem, make_plan(problem, config))
+        return differentiable(self.name, kernels, problem) if problem.needs_grad else kernels
 
     def plan(self, problem: Problem, config: Config) -> Plan:
         """The plan of a problem, cut as the configuration says."""
@@ -123,8 +113,7 @@ def make_call(problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, ten
         last = lengths if used is None else torch.minimum(lengths, used)
     named |= {"q": q, "k": k, "v": v, "kv_lengths": last, "prefix_lengths": None}
     if spec.dropout_p > 0:
-        generator = tensors.get("generator")
-        named["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
+        named["seed"] = drawn(q, tensors)
     inputs = operators.make_inputs(plan, *(named[name] for name in operators.FIELDS))
     size = sizes(plan, inputs)
     if size.batches == 0:
@@ -213,54 +202,38 @@ def backward(
     return dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks
 
 
-def _with_tensors(inputs: Inputs, tensors: Sequence[Any]) -> Inputs:
-    """The inputs with other tensors under the names of GRADIENTS."""
-    return replace(inputs, **dict(zip(GRADIENTS, tensors, strict=True)))
+class BlockKernels:
+    """The kernels of a problem without autograd (attnreg's Kernels), by one plan."""
 
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        self._problem, self._plan = problem, plan
 
-class Attend(torch.autograd.Function):
-    """`forward` with its gradients; the layout stays with the node, so that the backward pass finds no new one.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        out, lse, _ = forward(make_call(self._problem, self._plan, q, k, v, tensors), kept=False)
+        return (out, lse) if self._problem.spec.return_lse else out
 
-    All tensors of the call are saved, so that torch tells of one that was overwritten before the backward pass.
-    """
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, low); see attnreg's Kernels."""
+        return forward(make_call(self._problem, self._plan, q, k, v, tensors), kept=for_backward)
 
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(out, lse, low) of a call; `tensors` are those of GRADIENTS, as the call holds them."""
-        out, lse, low = forward(call, kept=True)
-        if low is not None:
-            ctx.mark_non_differentiable(low)
-        ctx.set_materialize_grads(False)
-        ctx.plan, ctx.layout = call.plan, call.layout
-        ctx.save_for_backward(*_with_tensors(call.inputs, tensors).tensors(), out, lse, low)
-        return out, lse, low
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        """Gradients of the tensors of GRADIENTS."""
-        *tensors, out, lse, low = ctx.saved_tensors
-        call = Call(ctx.plan, Inputs(*tensors), ctx.layout)
-        dout = torch.zeros_like(out) if dout is None else dout
-        given = [getattr(call.inputs, name) for name in GRADIENTS]
-        wanted = tuple(ctx.needs_input_grad[1:])
-        return None, *Gradients.apply(call, wanted, out, lse, low, dout, dlse, *given)  # type: ignore[no-untyped-call]
-
-
-class Gradients(torch.autograd.Function):
-    """`backward` as a node of its own under create_graph=True, so that whoever differentiates again meets it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: Call, wanted: tuple[bool, ...], out: Tensor, lse: Tensor, low: Tensor | None, dout: Tensor,
-        dlse: Tensor | None, *tensors: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Gradients of GRADIENTS; `tensors` are those that the call holds, by which the node hangs together."""
-        return backward(call, (out, lse, low), (dout, dlse), wanted)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> NoReturn:
-        """Raises BackendError."""
-        no_second_derivative(TritonBlockSparse.name)
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor, Tensor | None],
+        upstream: tuple[Tensor, Tensor | None],
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The gradients of the wanted names; the layout is found again by what its tensors hold."""
+        given = dict(zip("qkv", inputs, strict=True)) | dict(tensors)
+        call = make_call(self._problem, self._plan, *inputs, tensors)
+        out, lse, low = results
+        saved = (out, lse, low if natural(call.inputs) else None)
+        found = backward(call, saved, upstream, tuple(name in wanted for name in GRADIENTS))
+        named = {n: x for n, x in zip(GRADIENTS, found, strict=True) if n in wanted and x is not None}
+        return {n: x.reshape(given[n].shape).to(given[n].dtype) for n, x in named.items()}
 
 
 def empty_layout(problem: Problem, block_q: int, block_kv: int) -> blocks.BlockLayout:

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from attnreg import AttentionSpec, Hardware, Problem, SearchSpace, masks
+from attnreg import Hardware, Problem, SearchSpace, differentiable, masks, recorded
 
 from . import flash_space
 from .crosscompile import CrossCompiled
-from .documents import spans
 from .launch import Inputs
 from .plan import MAX_KEYS, ConfigValue, Plan
 from .signatures import CompileSpec
@@ -22,7 +20,6 @@ MAX_DECODE_QUERIES = 64
 MAX_DECODE_HEAD_DIM = 576
 Config = Mapping[str, ConfigValue]
 Run = Callable[..., Any]
-Tensors = dict[str, Tensor | None]
 
 
 def _reach(bound: int | None) -> int | None:
@@ -50,56 +47,25 @@ def make_plan(problem: Problem, config: Config) -> Plan:
     )
 
 
-def call_tensors(spec: AttentionSpec, band: masks.Band, q: Tensor, tensors: Mapping[str, Any]) -> Tensors:
-    """The call's named tensors as the kernels take them: documents as spans, one key length, a seed."""
-    names = ("bias", "alibi_slopes", "sinks", "query_offset", "cu_seqlens_q", "cu_seqlens_k", "block_table")
-    out: Tensors = {name: tensors.get(name) for name in names}
-    if band.prefix_tensor:
-        out["prefix_lengths"] = tensors["prefix_lengths"]
-    document_ids = tensors.get("document_ids")
-    if document_ids is not None and spec.layout != "thd":
-        out["document_first"], out["document_last"] = spans(document_ids)
-    lengths = [tensors[name] for name in ("kv_lengths", "seqused_k") if tensors.get(name) is not None]
-    if lengths:
-        out["kv_lengths"] = lengths[0] if len(lengths) == 1 else torch.minimum(*lengths)
-    if spec.dropout_p > 0:
-        # Drawn on the device, so a CUDA graph replays with fresh numbers and nothing waits.
-        generator = tensors.get("generator")
-        out["seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device, generator=generator)
-    return out
+def make_run(problem: Problem, plan: Plan) -> Any:
+    """`run(q, k, v, **tensors)` for every call of the problem's bucket: kernels without autograd."""
+    from .operators import FlashKernels
 
-
-def make_run(problem: Problem, plan: Plan) -> Run:
-    """`run(q, k, v, **tensors)` for every call of the problem's bucket."""
-    from . import operators
-
-    spec, text, band = problem.spec, plan.encode(), masks.as_band(problem.spec.mask)
-    assert band is not None, "supports() refuses a mask that is no band"
-    with_lse = spec.return_lse
-
-    def run(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        named = call_tensors(spec, band, q, tensors)
-        ordered = [q, k, v, *(named.get(name) for name in operators.FIELDS[3:])]
-        # Outside autograd and tracing the operator boundary buys nothing: call the kernels directly.
-        if problem.needs_grad:
-            out, lse, _ = operators.attend_for_gradients(*ordered, text)
-        elif problem.traced or torch.compiler.is_compiling() or type(q) is not Tensor:
-            out, lse = operators.attend(*ordered, text)
-        else:
-            out, lse = operators.forward(plan, operators.make_inputs(plan, *ordered))
-        return (out, lse) if with_lse else out
-
-    return run
+    return FlashKernels(problem, plan)
 
 
 class _FlashKernels(CrossCompiled):
     """What the two backends share: the kernels, and how a plan becomes a callable or compiler input."""
 
+    name: str
     version, earlier = "4", "2"
 
     def prepare(self, problem: Problem, config: Config) -> Run:
         """A callable that serves the problem's bucket; kernels compile at its first call."""
-        return make_run(problem, make_plan(problem, config))
+        if problem.traced:
+            return recorded(problem, self.name, config)
+        kernels = make_run(problem, make_plan(problem, config))
+        return differentiable(self.name, kernels, problem) if problem.needs_grad else kernels
 
     def plan(self, problem: Problem, config: Config) -> Plan:
         """The plan of a problem, cut as the configuration says."""

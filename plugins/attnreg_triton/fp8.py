@@ -13,8 +13,9 @@ from attnreg import Hardware, Problem, SearchSpace, block_of, masks, sparsity
 
 from . import flash_space
 from .arguments import Descale, Descales
+from .calls import call_tensors
 from .crosscompile import CrossCompiled
-from .flash import Config, Run, call_tensors, make_plan
+from .flash import Config, Run, make_plan
 from .fp8_launch import FLOAT8, MIN_COLUMNS, WEIGHTS, WHOLE, Quantiser, Start, described, with_descales
 from .launch import Inputs, Launch, head_blocks, sizes
 from .plan import Plan

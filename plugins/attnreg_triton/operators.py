@@ -1,24 +1,24 @@
-"""The flash kernels as torch operators: forward with autograd and shapes for tracing, so torch.compile sees through.
+"""The flash kernels as functions of tensors, forward and backward, which attnreg wraps for autograd and for recorders.
 
-All that is not a tensor travels as the plan's JSON string: a compiled graph that another process loads means the same.
-Operators synchronise nothing and allocate only through torch, so they record into a CUDA graph.
+They synchronise nothing and allocate only through torch, so they record into a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnreg import transformable
+from attnreg import Problem, masks
 
 from . import ready
+from .calls import call_tensors
 from .flash_launch import backward_launches, forward_launches, low_like, output_like, partials_like
-from .launch import ROWS_AXIS, Inputs, Launch, sizes
-from .plan import Plan, decode
-from .support import GRADIENTS, MAX_INDEX, no_second_derivative
+from .launch import ROWS_AXIS, Inputs, Launch, natural, sizes
+from .plan import Plan
+from .support import GRADIENTS, MAX_INDEX
 
 FIELDS = (
     "q", "k", "v", "bias", "alibi_slopes", "sinks", "prefix_lengths", "document_first", "document_last", "kv_lengths",
@@ -26,16 +26,6 @@ FIELDS = (
 )  # fmt: skip
 LONGEST_TILE = 256
 """No kernel's tile has more rows or keys."""
-SCHEMA = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in FIELDS)
-
-_library: Any = torch.library.Library("attnreg_triton", "DEF")  # type: ignore[no-untyped-call]  # torch has no types here
-_library.define(f"flash_forward({SCHEMA}, str plan) -> (Tensor, Tensor)")
-# The same for a backward pass, and what the rounding of lse left; empty where the backward kernels read no such.
-_library.define(f"flash_forward_for_gradients({SCHEMA}, str plan) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"flash_backward({SCHEMA}, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, str plan, bool[5] wanted,"
-    " Tensor? lse_low=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def readable(tensor: Tensor, axis: int, tile: int = LONGEST_TILE) -> Tensor:
@@ -84,8 +74,8 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def forward_for_gradients(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`, and what the rounding of lse left, of its shape; empty where the backward kernels read no such."""
+def forward_for_gradients(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`forward`, and what the rounding of lse left, of its shape; None where the backward kernels read no such."""
     out, lse = output_like(plan, inputs, sizes(plan, inputs))
     low = low_like(inputs, lse)
 
@@ -94,7 +84,7 @@ def forward_for_gradients(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor, T
         return forward_launches(plan, Inputs(*given), out, lse, None, low)
 
     ready.start(("forward for gradients", plan), inputs.tensors(), (out, lse, low), make)
-    return out, lse, lse.new_empty(0) if low is None else low
+    return out, lse, low
 
 
 def backward(
@@ -132,7 +122,6 @@ def backward(
     dsinks = sink_gradient(inputs.sinks, lse, saved[2], delta) if wanted[4] and inputs.sinks is not None else None
     dk, dv = dkv or (None, None)
     found = (dq, dk if wanted[1] else None, dv if wanted[2] else None, dbias, dsinks)
-    # An operator returns tensors that share no storage: each absent one is an empty tensor of its own.
     first, second, third, fourth, fifth = (inputs.q.new_empty(0) if x is None else x for x in found)
     return first, second, third, fourth, fifth
 
@@ -146,96 +135,41 @@ def sink_gradient(sinks: Tensor, lse: Tensor, low: Tensor | None, delta: Tensor)
     return -(summed.sum(0) if summed.dim() == 2 else summed)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    plan = decode(arguments[-1])
-    return forward(plan, make_inputs(plan, *arguments[:-1]))
+class FlashKernels:
+    """The kernels of a problem without autograd (attnreg's Kernels), by one plan."""
 
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        band = masks.as_band(problem.spec.mask)
+        assert band is not None, "supports() refuses a mask that is no band"
+        self._spec, self._band, self._plan, self._with_lse = problem.spec, band, plan, problem.spec.return_lse
 
-def _forward_for_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    plan = decode(arguments[-1])
-    return forward_for_gradients(plan, make_inputs(plan, *arguments[:-1]))
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        out, lse = forward(self._plan, self._inputs(q, k, v, tensors))
+        return (out, lse) if self._with_lse else out
 
+    def compute(
+        self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any], for_backward: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, lse, low); see attnreg's Kernels."""
+        given = self._inputs(q, k, v, tensors)
+        return forward_for_gradients(self._plan, given) if for_backward else (*forward(self._plan, given), None)
 
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (out, lse, dout, dlse, text, wanted, *rest) = arguments[: len(FIELDS)], arguments[len(FIELDS) :]
-    plan = decode(text)
-    # A graph that was saved when lse had no second word does without.
-    low = next((x for x in rest if x is not None and x.numel()), None)
-    return backward(plan, make_inputs(plan, *tensors), (out, lse, low), (dout, dlse), list(wanted))
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        tensors: Mapping[str, Any],
+        results: tuple[Tensor, Tensor, Tensor | None],
+        upstream: tuple[Tensor, Tensor | None],
+        wanted: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """The gradients of the wanted names; see attnreg's Kernels."""
+        given, read = dict(zip("qkv", inputs, strict=True)) | dict(tensors), self._inputs(*inputs, tensors)
+        out, lse, low = results
+        saved = (out, lse, low if natural(read) else None)
+        found = backward(self._plan, read, saved, upstream, [name in wanted for name in GRADIENTS])
+        named = zip(GRADIENTS, found, strict=True)
+        return {n: x.reshape(given[n].shape).to(given[n].dtype) for n, x in named if n in wanted}
 
-
-def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
-    plan, inputs = decode(arguments[-1]), Inputs(**dict(zip(FIELDS, arguments[:-1], strict=True)))
-    return output_like(plan, inputs, sizes(plan, inputs))
-
-
-def _forward_for_gradients_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(**dict(zip(FIELDS, arguments[:-1], strict=True)))
-    out, lse = _forward_shapes(*arguments)
-    low = low_like(inputs, lse)
-    return out, lse, lse.new_empty(0) if low is None else low
-
-
-def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    named, wanted = dict(zip(FIELDS, arguments[: len(FIELDS)], strict=True)), arguments[len(FIELDS) + 5]
-    like = [named["q"], named["k"], named["v"], named["bias"], named["sinks"]]
-    if wanted[3] and named["bias"].dim() < 4:
-        like[3] = named["bias"].reshape((1,) * (4 - named["bias"].dim()) + tuple(named["bias"].shape))
-    if wanted[4]:
-        like[4] = named["sinks"].to(torch.float32)
-    q = named["q"]
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else q.new_empty(0)
-        for tensor, want in zip(like, wanted, strict=True)
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.plan = inputs[-1]
-    ctx.save_for_backward(*inputs[:-1], *output)
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-def _differentiate_twice(ctx: Any, *upstream: Tensor | None) -> NoReturn:
-    no_second_derivative("triton_flash")
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    tensors, (out, lse, *low) = ctx.saved_tensors[: len(FIELDS)], ctx.saved_tensors[len(FIELDS) :]
-    needs = ctx.needs_input_grad
-    wanted = [needs[FIELDS.index(name)] for name in GRADIENTS]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    # Dynamo traces no Function inside the backward of another; the operator alone has its autograd there.
-    gradients_of = torch.ops.attnreg_triton.flash_backward if torch.compiler.is_dynamo_compiling() else _gradients
-    found = gradients_of(*tensors, out, lse, dout, dlse, ctx.plan, wanted, *low)
-    gradients: dict[str, Tensor | None] = {}
-    for name, want, gradient in zip(GRADIENTS, wanted, found, strict=True):
-        given = tensors[FIELDS.index(name)]
-        gradients[name] = gradient.reshape(given.shape).to(given.dtype) if want else None
-    return (*(gradients.get(name) for name in FIELDS), None)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("flash_forward", _forward, _key)
-    _library.impl("flash_forward_for_gradients", _forward_for_gradients, _key)
-    _library.impl("flash_backward", _backward, _key)
-torch.library.register_fake("attnreg_triton::flash_forward", _forward_shapes, lib=_library)
-torch.library.register_fake("attnreg_triton::flash_backward", _backward_shapes, lib=_library)
-torch.library.register_fake("attnreg_triton::flash_forward_for_gradients", _forward_for_gradients_shapes, lib=_library)
-for _name in ("flash_forward", "flash_forward_for_gradients"):
-    torch.library.register_autograd(f"attnreg_triton::{_name}", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd(
-    "attnreg_triton::flash_backward", _differentiate_twice, setup_context=_save_nothing, lib=_library
-)
-
-_gradients = transformable(torch.ops.attnreg_triton.flash_backward, _save_nothing, _differentiate_twice)
-attend = transformable(torch.ops.attnreg_triton.flash_forward, _save, _differentiate)
-"""(out, lse), differentiable: FIELDS in order, then the plan's text."""
-attend_for_gradients = transformable(torch.ops.attnreg_triton.flash_forward_for_gradients, _save, _differentiate)
-"""(out, lse, what lse's rounding left), for problems that need gradients."""
+    def _inputs(self, q: Tensor, k: Tensor, v: Tensor, tensors: Mapping[str, Any]) -> Inputs:
+        named = call_tensors(self._spec, self._band, q, tensors)
+        return make_inputs(self._plan, q, k, v, *(named.get(name) for name in FIELDS[3:]))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from typing import NoReturn
 
-from attnreg import Hardware, Problem, errors, masks, scores, sparsity
+from attnreg import Hardware, Problem, masks, scores, sparsity
 
 from .plan import MAX_KEYS
 
@@ -88,14 +87,6 @@ def gradient_reasons(problem: Problem) -> list[str]:
     if problem.spec.page_size is not None and problem.needs_grad:
         out.append(f"a paged cache has no gradient; {', '.join(sorted(problem.grads))} need one")
     return out
-
-
-def no_second_derivative(backend: str) -> NoReturn:
-    """Raise the BackendError of a gradient whose own gradient is asked for: kernels compute it outside autograd."""
-    raise errors.BackendError(
-        f"{backend}: the gradients of these kernels have no second derivative (create_graph=True, or grad of grad in "
-        'torch.func); attnreg.use_backend("eager") computes it'
-    )
 
 
 def size_reasons(problem: Problem) -> list[str]:

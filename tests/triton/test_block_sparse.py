@@ -157,10 +157,9 @@ def test_a_second_derivative_is_refused() -> None:
     asked = problem(AttentionSpec(mask=masks.Chunked(13)), sq=9, skv=9, grads=frozenset("qkv"))
     inputs = make_inputs(asked)
     out = SPARSE.prepare(asked, SPARSE.space(asked, HARDWARE).default)(inputs.q, inputs.k, inputs.v)
-    found = torch.autograd.grad(out.pow(2).sum(), (inputs.q, inputs.k, inputs.v), create_graph=True)
-    for gradient in found:
-        with pytest.raises(errors.BackendError, match=r"triton_block_sparse: .* no second derivative"):
-            torch.autograd.grad(gradient.pow(2).sum() + out.sum(), inputs.q, retain_graph=True)
+    for name in "qkv":
+        with pytest.raises(errors.BackendError, match="triton_block_sparse: no second derivative"):
+            torch.autograd.grad(out.pow(2).sum(), getattr(inputs, name), create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "query_offset"])
