@@ -86,7 +86,9 @@ def _checked(states: Any, layout: str) -> list[tuple[Tensor, Tensor]]:
         name = f"states[{n}]"
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise InputError(name, f"expected a pair (out, lse), got {_said(state)}")
-        out, lse = (settled(name, x) if isinstance(x, Tensor) else x for x in state)
+        out, lse = state
+        if not torch.compiler.is_compiling():  # a graph's tensors are what Dynamo says
+            out, lse = (settled(name, x) if isinstance(x, Tensor) else x for x in state)
         checked.append((out, lse))
         for what, x, kinds in (("out", out, FLOATS), ("lse", lse, (torch.float32, torch.float64))):
             if not isinstance(x, Tensor) or x.dtype not in kinds:
