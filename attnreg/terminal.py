@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich._null_file import NULL_FILE
 from rich.console import Console
 
 __all__ = ["claim_stdout", "finish", "own_stdout", "stdout_file", "width_of"]
@@ -81,7 +82,7 @@ def own_stdout(console: Console) -> Iterator[None]:
     if _kept is not None:
         before.flush()
         _point(1, at=2)
-    console.file = _kept or before
+    console.file = _kept or before or NULL_FILE  # a process may be started without a stdout
     sys.stdout = sys.stderr
     try:
         yield

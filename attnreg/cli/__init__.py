@@ -25,9 +25,11 @@ class Commands(typer.Typer):
 
     def command(self, *args: Any, **named: Any) -> Callable[[Command], Command]:
         """Register a command, as typer does."""
-        register = super().command(*args, **named)
 
         def keep(function: Command) -> Command:
+            first = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+            register = super(Commands, self).command(*args, **{"short_help": first, **named})  # Click would cut it
+
             @functools.wraps(function)
             def run(*args: Any, **named: Any) -> Any:
                 with terminal.own_stdout(console):
@@ -44,6 +46,7 @@ app = Commands(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # its frames cut the names of options on a narrow terminal
     help="One front door to attention: see what was chosen and why, tune it, ship the result.",
 )
 console = Console(soft_wrap=True, emoji=False)  # ":x:" in a message is no picture
@@ -85,6 +88,7 @@ def main() -> None:
     try:
         status = terminal.finish() or status
     except OSError as error:
-        print(f"attnreg: {error}", file=sys.stderr)
-        status = 2
+        if not status:
+            print(f"attnreg: {error}", file=sys.stderr)
+            status = 2
     sys.exit(status)

@@ -21,7 +21,9 @@ from attnreg.sheet import Sheet
 from attnreg.store_files import Broken
 from attnreg.tuning.report import seconds_text
 
-commands = Commands(no_args_is_help=True, help="Look at tuning records, compare, merge, check and ship them.")
+commands = Commands(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at tuning records, compare, merge, check and ship them."
+)
 app.add_typer(commands, name="db")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Plain data for programs.")]
