@@ -113,7 +113,7 @@ PRINTED = {
     "db ls": "db ls",
     "help": "tune --help",
 }
-ENCODINGS = ("latin-1", "cp1252", "ascii", "cp437", "koi8-r", "utf-8", "utf-16", "C")
+ENCODINGS = ("latin-1", "cp1252", "ascii", "utf-16", "C")
 
 
 def started(command: list[str], encoding: str = "utf-8", **more: Any) -> subprocess.CompletedProcess[bytes]:
