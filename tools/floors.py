@@ -54,8 +54,9 @@ def declared() -> dict[str, str]:
 
 def build(folder: Path, pins: list[str], python: str) -> Path:
     """A virtual environment with these requirements and the tree itself, editable; its Python. Raises if pip fails."""
-    subprocess.run([python, "-m", "venv", str(folder)], check=True)
     own = folder / "bin" / "python"
+    if not own.exists():
+        subprocess.run([python, "-m", "venv", str(folder)], check=True)
     install(own, ["--upgrade", "pip"])
     install(own, [pin for pin in pins if not pin.startswith(LATER)])
     install(own, ["--no-deps", "--editable", str(ROOT)])
@@ -115,23 +116,22 @@ def page(floors: dict[str, str], rows: dict[str, tuple[dict[str, str], dict[str,
 def main() -> None:
     """Build, test, print and write; exit status 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lowest", type=Path, help="the Python of an environment that is there already")
-    parser.add_argument("--highest", type=Path, help="the same, of the highest versions")
+    parser.add_argument("--keep", type=Path, help="a folder where the environments stay, and are taken up again")
     parser.add_argument("--python", default=sys.executable, help="makes the environments")
     given = parser.parse_args()
     floors = declared()
     rows: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
-            "lowest": (given.lowest, [f"{n}=={v}" if v else n for n, v in floors.items()]),
-            "highest": (given.highest, ["--constraint", str(ROOT / "constraints.txt"), *floors]),
+            "lowest": [f"{n}=={v}" if v else n for n, v in floors.items()],
+            "highest": ["--constraint", str(ROOT / "constraints.txt"), *floors],
         }
-        for kind, (there, pins) in kinds.items():
-            own = there.absolute() if there is not None else build(Path(folder) / kind, pins, given.python)
+        for kind, pins in kinds.items():
+            own = build((given.keep or Path(folder)).absolute() / kind, pins, given.python)
             results: dict[str, str] = {}
             rows[kind] = (installed(own), results)
             for part, paths in PARTS.items():
-                if part == LAST and there is None:
+                if part == LAST:
                     install(own, [pin for pin in pins if pin.startswith(LATER)])
                     late = installed(own)
                     rows[kind][0].update({name: late[name] for name in LATER})
