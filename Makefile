@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench format docs clean
+.PHONY: demo test check bench floors format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/attnreg bench
+
+# The lowest declared versions and the highest that pip finds; by hand, since torch's lowest brings gigabytes of CUDA.
+floors:
+	$(PYTHON) tools/floors.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

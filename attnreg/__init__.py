@@ -9,21 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnreg import errors, masks, modes, registry, scores, sparsity, store
-from attnreg.autograd import differentiable
-from attnreg.backend import Backend, Finding, StaticReport
-from attnreg.dispatch import attention, prepare, use_backend
-from attnreg.explanation import explain
-from attnreg.hardware import Hardware
-from attnreg.hookspecs import hookimpl, hookspec
-from attnreg.modes import autotune
-from attnreg.operands import is_plain
-from attnreg.operators import recorded
-from attnreg.problem import Problem, TensorInfo
-from attnreg.space import SearchSpace
-from attnreg.spec import AttentionSpec, HeadGrouping, Precision
-from attnreg.tracing import transformable
-from attnreg.validate import block_of
+from attnreg import metadata
+
+with metadata.importing():
+    from attnreg import errors, masks, modes, registry, scores, sparsity, store
+    from attnreg.autograd import differentiable
+    from attnreg.backend import Backend, Finding, StaticReport
+    from attnreg.dispatch import attention, prepare, use_backend
+    from attnreg.explanation import explain
+    from attnreg.hardware import Hardware
+    from attnreg.hookspecs import hookimpl, hookspec
+    from attnreg.modes import autotune
+    from attnreg.operands import is_plain
+    from attnreg.operators import recorded
+    from attnreg.problem import Problem, TensorInfo
+    from attnreg.space import SearchSpace
+    from attnreg.spec import AttentionSpec, HeadGrouping, Precision
+    from attnreg.tracing import transformable
+    from attnreg.validate import block_of
 
 if TYPE_CHECKING:
     from attnreg import blocks, folders, testing

@@ -7,11 +7,11 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 
+from attnreg import metadata
 from attnreg.errors import RecordError
 from attnreg.hardware import Hardware
 from attnreg.problem import SIZES, Problem
@@ -207,10 +207,7 @@ def choice_text(backend: str, version: str, config: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=1)
 def software() -> dict[str, str]:
     """What a measurement depends on besides backends: torch, Python, attnreg. Compare field by field."""
-    try:
-        own = version("attnreg")
-    except PackageNotFoundError:
-        own = "unknown"
+    own = metadata.version("attnreg") or "unknown"
     return {"torch": torch.__version__, "python": ".".join(platform.python_version_tuple()[:2]), "attnreg": own}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import os
 import re
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 
 import pluggy
 
-from attnreg import hookspecs
+from attnreg import hookspecs, metadata
 from attnreg.backend import Backend, Finding, error_text, safe_repr, versions_for
 from attnreg.derivatives import refusals
 from attnreg.errors import PluginError, UnknownBackendError
@@ -111,26 +110,30 @@ def load(environ: Mapping[str, str] = os.environ) -> Registry:
     """
     blocked = tuple(filter(None, re.split(r"[,\s]+", environ.get("ATTNREG_BLOCK", ""))))
     build = _Builder(blocked)
-    for name, origin, loader in _sources(environ):
+    points, culprits = metadata.entry_points(GROUP)
+    build.failures += [Failure(c.name, c.place, "metadata", c.reason) for c in culprits]
+    for name, origin, loader in _sources(points, environ):
         if name not in blocked:
             build.add(name, origin, loader)
     return Registry(build.entries, tuple(build.plugins), tuple(build.failures), blocked, tuple(build.records))
 
 
-def _sources(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    points = []
-    for point in importlib.metadata.entry_points(group=GROUP):
-        dist = point.dist
-        own = dist is not None and dist.name == OWN
-        origin = f"{dist.name} {dist.version}" if dist is not None else "unknown distribution"
-        points.append((not own, point.name, origin, point))
+def _sources(
+    points: Iterable[metadata.Found], environ: Mapping[str, str]
+) -> Iterator[tuple[str, str, Callable[[], object]]]:
     seen = set()
-    for _, name, origin, point in sorted(points, key=lambda p: p[:3]):
-        if (name, point.value) not in seen:  # an editable install can list itself twice
-            seen.add((name, point.value))
-            yield name, origin, point.load
+    for point in sorted(points, key=lambda p: (p.distribution != OWN, p.name, p.distribution, p.version)):
+        if (point.name, point.value) not in seen:  # an editable install can list itself twice
+            seen.add((point.name, point.value))
+            yield point.name, f"{point.distribution} {point.version}", functools.partial(_load, point)
     for module in filter(None, re.split(r"[,\s]+", environ.get("ATTNREG_PLUGINS", ""))):
         yield module, "ATTNREG_PLUGINS", functools.partial(importlib.import_module, module)
+
+
+def _load(found: metadata.Found) -> object:
+    if not found.point.pattern.match(found.value):  # Python's own error names neither
+        raise PluginError(f"the entry point {found.name} = {found.value!r} is no module and no module:attribute")
+    return found.point.load()
 
 
 class _Builder:

@@ -22,10 +22,12 @@ def write_chart(path: Path, results: Sequence[CaseResult], machine: Mapping[str,
     if path.suffix == ".png":
         _png(path, results, machine)
     elif path.suffix == ".svg":
-        path.write_text(_svg(results, machine))
+        path.write_text(_svg(results, machine), encoding="utf-8")
     else:
         head = '<!doctype html><meta charset="utf-8"><title>attnreg bench</title>'
-        path.write_text(f'{head}<body style="margin:24px;background:#fff">{_svg(results, machine)}</body>')
+        path.write_text(
+            f'{head}<body style="margin:24px;background:#fff">{_svg(results, machine)}</body>', encoding="utf-8"
+        )
 
 
 def check_chart(path: Path) -> None:

@@ -16,12 +16,12 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from attnreg import registry
 from attnreg.hardware import detect
 from attnreg.problem import Problem
+from attnreg.sheet import Sheet, paragraph
 from attnreg.spec import AttentionSpec, Precision
 from attnreg.testing import oracle
 
@@ -111,20 +111,18 @@ def show(console: Console, *, length: int = 1024, draws: int = 8, kernel: bool =
         Row(name, tuple(one[name] for one in emulated), found[name] if isinstance(found, dict) else None)
         for name, _, _ in CASES
     ]
-    table = Table(
-        title=f"FP8 (e4m3) RMSE against float64, outlier test, B=1 H=2 S={length} D=128", box=None, pad_edge=False
-    )
-    for heading in ("scales", f"mean of {draws}", "least", "most", "first", "kernel, first", "published"):
-        table.add_column(heading, justify="left" if heading == "scales" else "right")
+    heads = ("scales", f"mean of {draws}", "least", "most", "first", "kernel, first", "published")
+    title = f"FP8 (e4m3) RMSE against float64, outlier test, B=1 H=2 S={length} D=128"
+    sheet = Sheet(*heads, title=title, right=heads[1:])
     for row in rows:
         published = PUBLISHED.get(row.name)
         cells = [row.mean, min(row.errors), max(row.errors), row.errors[0], row.kernel, published]
-        table.add_row(row.name, *("" if x is None else f"{x:.2e}" for x in cells))
-    console.print(table)
+        sheet.add(row.name, *("" if x is None else f"{x:.2e}" for x in cells))
+    sheet.print(console)
     if isinstance(found, str):
-        console.print(f"The kernel did not run: {found}")
-    console.print(f"Emulation on {draws} draws of the inputs; the kernel, in Triton's interpreter, on the first.")
-    console.print("Published: FlashAttention-3 (arXiv:2407.08608), on an H100, of a shape and a draw not named.")
+        paragraph(console, f"The kernel did not run: {found}")
+    paragraph(console, f"Emulation on {draws} draws of the inputs; the kernel, in Triton's interpreter, on the first.")
+    paragraph(console, "Published: FlashAttention-3 (arXiv:2407.08608), on an H100, of a shape and a draw not named.")
     return rows
 
 

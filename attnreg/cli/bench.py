@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from attnreg import registry
@@ -24,9 +22,10 @@ from attnreg.bench.peaks import PeakLoops
 from attnreg.bench.peers import PEERS
 from attnreg.bench.report import hold, least_text, markdown, milliseconds, ratio_text, shares_text, to_json
 from attnreg.bench.run import OURS, CaseResult, Options, run_case
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put, say
 from attnreg.cli.options import output_file
 from attnreg.hardware import Hardware, detect
+from attnreg.sheet import Part, Sheet
 from attnreg.suites import SUITES, suite
 
 TIMED = ("prefill", "decode", "sparse", "train")
@@ -76,7 +75,7 @@ def bench(
     results: list[CaseResult] = []
     machine = _machine(hardware)
     if cases:
-        console.print(f"{machine['hardware']}, {machine['threads']} threads, {machine['versions']}\n", highlight=False)
+        say(f"{machine['hardware']}, {machine['threads']} threads, {machine['versions']}\n")
         loops = PeakLoops(hardware, torch.get_num_threads())
         for name, case in cases:
             results.append(run_case(name, case, options, loops))
@@ -87,7 +86,7 @@ def bench(
             write_chart(chart, results, machine)
     extras = {name: _told(SHOW[name]) for name in EXTRA if name in wanted}
     if extras and markdown_file is not None:
-        markdown_file.write_text(markdown(results, machine, extras))
+        markdown_file.write_text(markdown(results, machine, extras), encoding="utf-8")
 
 
 def _wanted(suites: list[str]) -> list[str]:
@@ -111,29 +110,29 @@ def _machine(hardware: Hardware) -> dict[str, Any]:
 
 
 def _print_case(result: CaseResult) -> None:
-    console.print(f"[bold]{escape(result.case)}[/bold]  {escape(str(result.problem))}", highlight=False)
-    console.print(f"attnreg ran {result.chosen}; {shares_text(result)}", highlight=False, markup=False)
-    table = Table("contestant", "median ms", "its time over ours", box=None, pad_edge=False)
+    say((result.case, "bold"), f"  {result.problem}")
+    say(f"attnreg ran {result.chosen}; {shares_text(result)}")
+    sheet = Sheet("contestant", "median ms", "its time over ours")
     for c in sorted(result.contestants, key=lambda c: (c.name != OURS, not c.samples, c.median)):
         if c.name == OURS:
-            table.add_row(f"[green]{c.name}[/green]", milliseconds(c.median), "1")
+            sheet.add((c.name, "green"), milliseconds(c.median), "1")
         elif c.samples:
-            table.add_row(c.name, milliseconds(c.median), ratio_text(result, c.name))
+            sheet.add(c.name, milliseconds(c.median), ratio_text(result, c.name))
         elif not c.why.startswith("only "):
-            table.add_row(c.name, "", f"[dim]{escape(c.why.splitlines()[0][:100])}[/dim]")
-    console.print(table)
+            sheet.add(c.name, "", (c.why.splitlines()[0], "dim"))
+    sheet.print(console)
     if result.dropped:
-        console.print(f"{result.dropped} rounds dropped: a probe was slow, so something else ran", highlight=False)
-    console.print()
+        say(f"{result.dropped} rounds dropped: a probe was slow, so something else ran")
+    put("")
 
 
 def _print_claims(results: list[CaseResult]) -> None:
-    table = Table("case", "claim", "measured", "", title="Claims", title_justify="left", box=None, pad_edge=False)
-    words = {True: "[green]met[/green]", False: "[red]not met[/red]", None: "not run"}
+    sheet = Sheet("case", "claim", "measured", "verdict", title="Claims")
+    words: dict[bool | None, Part] = {True: ("met", "green"), False: ("not met", "red"), None: "not run"}
     for held in hold(results):
-        table.add_row(held.case, least_text(held.claim), held.text, words[held.met])
-    if table.row_count:
-        console.print(table)
+        sheet.add(held.case, least_text(held.claim), held.text, words[held.met])
+    if sheet.rows:
+        sheet.print(console)
 
 
 def _write(
@@ -143,23 +142,23 @@ def _write(
     markdown_file: Path | None,
 ) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(to_json(results, machine), indent=1) + "\n")
+        json_file.write_text(json.dumps(to_json(results, machine), indent=1) + "\n", encoding="utf-8")
     if markdown_file is not None:
-        markdown_file.write_text(markdown(results, machine))
+        markdown_file.write_text(markdown(results, machine), encoding="utf-8")
 
 
 def _print_overhead() -> None:
     found = measure_overhead()
-    table = Table("call", "us", title="Overhead, one thread, 1x1x16x16 float32", title_justify="left", box=None)
-    table.add_row("torch's op, called directly", f"{found.direct:.2f}")
-    table.add_row("attention(), a hit", f"{found.hit:.2f}")
-    table.add_row("over the op", f"{found.over:+.2f}")
-    table.add_row("prepare()'s callable", f"{found.prepared:.2f}")
-    table.add_row("a decode step, cache growing from 1 to 2,000", f"{found.step:.2f}")
-    table.add_row("the op alone, the same steps", f"{found.direct_step:.2f}")
-    console.print(table)
-    console.print(f"hot table missed {found.misses} of 2,000 steps (at most 15 promised)", highlight=False)
-    console.print(f"a hit costs {found.over:.2f} us over the op (at most 5 promised)", highlight=False)
+    sheet = Sheet("call", "us", title="Overhead, one thread, 1x1x16x16 float32", right=("us",))
+    sheet.add("torch's op, called directly", f"{found.direct:.2f}")
+    sheet.add("attention(), a hit", f"{found.hit:.2f}")
+    sheet.add("over the op", f"{found.over:+.2f}")
+    sheet.add("prepare()'s callable", f"{found.prepared:.2f}")
+    sheet.add("a decode step, cache growing from 1 to 2,000", f"{found.step:.2f}")
+    sheet.add("the op alone, the same steps", f"{found.direct_step:.2f}")
+    sheet.print(console)
+    say(f"hot table missed {found.misses} of 2,000 steps (at most 15 promised)")
+    say(f"a hit costs {found.over:.2f} us over the op (at most 5 promised)")
 
 
 def _tuner() -> None:

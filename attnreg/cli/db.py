@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from attnreg import db, store
-from attnreg.cli import app, console
+from attnreg.cli import Commands, app, console, put, put_json, say
 from attnreg.cli.options import output_file
-from attnreg.cli.tune import wide
 from attnreg.errors import RecordError
 from attnreg.hardware import detect
 from attnreg.match import Match
 from attnreg.measure import Candidate
 from attnreg.records import Record
 from attnreg.records_json import to_json
+from attnreg.sheet import Sheet
 from attnreg.store_files import Broken
 from attnreg.tuning.report import seconds_text
 
-commands = typer.Typer(no_args_is_help=True, help="Look at tuning records, compare, merge, check and ship them.")
+commands = Commands(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at tuning records, compare, merge, check and ship them."
+)
 app.add_typer(commands, name="db")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Plain data for programs.")]
@@ -38,19 +37,17 @@ def ls(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
     rows, broken = _records(path, text)
     if as_json:
         for layer, record in rows:
-            typer.echo(json.dumps({"layer": layer, "stale": list(_stale(record)), **to_json(record)}))
+            put_json({"layer": layer, "stale": list(_stale(record)), **to_json(record)})
         _say_broken(broken, as_json)
         return
-    table = Table(
-        "layer", "machine", "problem", "winner", "time", "runner-up", "date", "state", box=None, pad_edge=False
-    )
+    sheet = Sheet("layer", "machine", "problem", "winner", "time", "runner-up", "date", "state")
     for layer, record in rows:
         rival = record.runner_up
         won = f"{rival.backend} {rival.ratio[1]:.2f}x" if rival and rival.ratio else ""
         time = seconds_text(record.seconds) if record.seconds else ""
         cells = (layer, record.slug, str(record.problem), _choice(record), time, won, record.date[:10], _state(record))
-        table.add_row(*map(escape, cells))
-    wide(table)
+        sheet.add(*cells)
+    sheet.print(console)
     _say_broken(broken)
 
 
@@ -60,14 +57,14 @@ def show(text: Text = "", path: Where = None, as_json: AsJson = False) -> None:
     rows, broken = _records(path, text)
     for layer, record in rows:
         if as_json:
-            typer.echo(json.dumps(to_json(record), sort_keys=True))
+            put_json(to_json(record), sort_keys=True)
             continue
         rung = "static" if record.origin == "static" else layer
         match = Match(rung, record.backend, dict(record.config), record, 0.0, _stale(record), layer)  # type: ignore[arg-type]  # layers are rungs
-        console.print(f"[bold]{escape(str(record.problem))}[/bold]", soft_wrap=True, highlight=False)
+        say((str(record.problem), "bold"))
         for line in (f"chosen    {_choice(record)}", f"why       {match.describe()}", *match.evidence()):
-            console.print(escape(line), soft_wrap=True, highlight=False)
-        console.print()
+            say(line, hang=10)
+        put("")
     _say_broken(broken, as_json)
 
 
@@ -76,18 +73,16 @@ def diff(left: Path, right: Path, as_json: AsJson = False) -> None:
     """Compare two databases, folders or files; exit status 1 if they differ."""
     (a, broken_a), (b, broken_b) = db.load(left), db.load(right)
     found = db.diff(a, b)
-    table = Table("what", "problem", escape(str(left)), escape(str(right)), box=None, pad_edge=False)
+    sheet = Sheet("what", "problem", str(left), str(right))
     for d in found:
         record = d.left or d.right
         assert record is not None
         sides = [_side(x) for x in (d.left, d.right)]
         if as_json:
-            typer.echo(
-                json.dumps({"what": d.kind, "problem": str(record.problem), "left": sides[0], "right": sides[1]})
-            )
-        table.add_row(d.kind, escape(str(record.problem)), *map(escape, sides))
+            put_json({"what": d.kind, "problem": str(record.problem), "left": sides[0], "right": sides[1]})
+        sheet.add(d.kind, str(record.problem), *sides)
     if not as_json:
-        wide(table) if found else console.print("no difference")
+        sheet.print(console) if found else say("no difference")
     _say_broken([*broken_a, *broken_b], as_json)
     if found:
         raise typer.Exit(1)
@@ -117,13 +112,13 @@ def check(path: Annotated[Path | None, typer.Argument()] = None, as_json: AsJson
     wrong = [b for b in found if not isinstance(b, db.OtherThreads)]
     if as_json:
         rows = [{"where": b.where, "reason": b.reason, "wrong": not isinstance(b, db.OtherThreads)} for b in found]
-        typer.echo(json.dumps(rows, indent=2))
+        put_json(rows, indent=2)
     else:
         if not wrong:
-            _say(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
+            say(f"nothing wrong in {', '.join(map(str, roots)) or 'any database: there is none yet'}")
         _say_broken(wrong)
         for reason, count in Counter(b.reason for b in found if isinstance(b, db.OtherThreads)).items():
-            _say(f"{count} records wait for a process with as many threads: {reason.removeprefix('stale: ')}")
+            say(f"{count} records wait for a process with as many threads: {reason.removeprefix('stale: ')}")
     if wrong:
         raise typer.Exit(1)
 
@@ -149,12 +144,12 @@ def prune(
     """List this machine's stale records and why they are stale; with --apply, take them out."""
     gone = db.prune(path or _user(), detect(), apply=apply)
     if as_json:
-        typer.echo(json.dumps([{"why": g.why, **to_json(g.record)} for g in gone]))
+        put_json([{"why": g.why, **to_json(g.record)} for g in gone])
         return
     for g in gone:
         what = "removed" if apply else "stale"
-        _say(f"{what}: {_choice(g.record)} for {g.record.problem}: {g.why}")
-    console.print(f"{len(gone)} stale records{'' if apply or not gone else '; --apply takes them out'}")
+        say(f"{what}: {_choice(g.record)} for {g.record.problem}: {g.why}")
+    say(f"{len(gone)} stale records{'' if apply or not gone else '; --apply takes them out'}")
 
 
 @commands.command("export")
@@ -162,11 +157,17 @@ def export(
     file: Annotated[Path, typer.Argument(callback=output_file)],
     text: Annotated[str, typer.Option("--only", help="Only records whose text holds this.")] = "",
     path: Where = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write records to one file of JSON lines, to be merged elsewhere."""
     rows, broken = _records(path, text)
     count = db.export([record for _, record in rows], file)
-    _say(f"{count} records written to {file}")
+    if as_json:
+        put_json(
+            {"records": count, "file": str(file), "broken": [{"where": b.where, "reason": b.reason} for b in broken]}
+        )
+        return
+    say(f"{count} records written to {file}")
     _say_broken(broken)
 
 
@@ -226,16 +227,16 @@ def _say_merged(made: db.Merged, as_json: bool, more: list[str] | None = None) -
             "broken": [{"where": b.where, "reason": b.reason} for b in made.broken],
             "held": more or [],
         }
-        typer.echo(json.dumps(data))
+        put_json(data)
         return
     for record in made.added:
-        _say(f"added    {_choice(record)} for {record.problem}")
+        say(f"added    {_choice(record)} for {record.problem}")
     for before, other, after in made.combined:
         tie = f", a tie with {', '.join(t.backend for t in after.ties)}" if after.ties else ""
-        _say(f"combined {_choice(before)} and {_choice(other)}: {_choice(after)} for {after.problem}{tie}")
+        say(f"combined {_choice(before)} and {_choice(other)}: {_choice(after)} for {after.problem}{tie}")
     for line in more or []:
-        _say(line, "yellow")
-    console.print(f"{len(made.added)} added, {len(made.combined)} combined, {made.same} known already")
+        say((line, "yellow"))
+    say(f"{len(made.added)} added, {len(made.combined)} combined, {made.same} known already")
     _say_broken(made.broken)
 
 
@@ -243,9 +244,4 @@ def _say_broken(broken: list[Broken] | tuple[Broken, ...], as_json: bool = False
     """What could not be read; on stderr beside JSON."""
     for b in broken:
         text = f"set aside {b.where}: {b.reason}"
-        typer.echo(text, err=True) if as_json else _say(text, "yellow")
-
-
-def _say(text: str, style: str = "") -> None:
-    """A line as it is: no markup, no folding."""
-    console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+        typer.echo(text, err=True) if as_json else say((text, "yellow"))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import platform
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from attnreg import folders, registry, store
+from attnreg import folders, metadata, registry, store
 from attnreg.backend import Finding
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put, put_json, say
 from attnreg.hardware import Hardware, detect
+from attnreg.sheet import Sheet
 
 PACKAGES = ("attnreg", "torch", "triton", "numpy", "pluggy", "pydantic", "optuna", "transformers")
+HANG = 10
+"""Where the facts stand, beside their heads."""
 
 
 @app.command()
@@ -28,16 +27,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Plain data for 
     loaded = registry.current()
     findings = [*_core_findings(), *loaded.findings(devices[0])]
     if as_json:
-        typer.echo(json.dumps(_data(devices, findings), indent=2))
+        put_json(_data(devices, findings), indent=2)
         return
     for hardware in devices:
         _print_hardware(hardware)
     versions = _versions()
-    _say("versions  " + ", ".join(f"{n} {v}" for n, v in versions.items() if v))
+    say("versions  " + ", ".join(f"{n} {v}" for n, v in versions.items() if v), hang=HANG)
     absent = [name for name, version in versions.items() if not version]
     if absent:
-        _say(f"absent    {', '.join(absent)}")
-    console.print()
+        say(f"absent    {', '.join(absent)}", hang=HANG)
+    put("")
     _print_backends()
     _print_findings(findings)
 
@@ -47,28 +46,24 @@ def _gpus() -> int:
 
 
 def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = ""
-    return out
+    return {"python": platform.python_version(), **{name: metadata.version(name) or "" for name in PACKAGES}}
 
 
 def _print_hardware(h: Hardware) -> None:
-    _say("hardware  ", (h.slug, "bold"))
+    say("hardware  ", (h.slug, "bold"), hang=HANG)
     if h.kind == "cpu":
         caches = ", ".join(f"L{n} {_bytes(size)}" for n, size in zip((1, 2, 3), h.caches, strict=True) if size)
-        _say(
+        say(
             f"          {h.vendor} {h.model}, {h.cores} usable cores, {torch.get_num_threads()} torch threads, "
-            f"{_bytes(h.memory)} memory, {caches}"
+            f"{_bytes(h.memory)} memory, {caches}",
+            hang=HANG,
         )
-        _say(f"          {' '.join(h.isa)}")
+        say(f"          {' '.join(h.isa)}", hang=HANG)
     else:
-        _say(
+        say(
             f"          {h.model} {h.arch}, {h.cores} multiprocessors, {_bytes(h.memory)} memory, "
-            f"{_bytes(h.shared_memory)} shared memory a block, {h.registers} registers"
+            f"{_bytes(h.shared_memory)} shared memory a block, {h.registers} registers",
+            hang=HANG,
         )
 
 
@@ -82,16 +77,14 @@ def _bytes(n: int) -> str:
 
 def _print_backends() -> None:
     loaded = registry.current()
-    table = Table(title="backends", title_justify="left", box=None, pad_edge=False)
-    for column in ("backend", "version", "plugin", "from"):
-        table.add_column(column)
+    sheet = Sheet("backend", "version", "plugin", "from", title="backends")
     for entry in loaded.entries.values():
-        table.add_row(*map(Text, (entry.name, entry.version, entry.plugin, entry.origin)))
-    console.print(table)
+        sheet.add(entry.name, entry.version, entry.plugin, entry.origin)
+    sheet.print(console)
     if loaded.blocked:
-        _say(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
+        say(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
     for failure in loaded.failures:
-        _say(("set aside", "red"), f" plugin {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}")
+        say(("set aside", "red"), f" plugin {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}")
 
 
 def _core_findings() -> list[tuple[str, Finding]]:
@@ -99,6 +92,8 @@ def _core_findings() -> list[tuple[str, Finding]]:
     todo = "mend or delete it; the rest is used"
     out = [("records", Finding(b.where, False, b.reason, todo)) for b in store.current().broken()]
     out.append(("core", _folder(folders.report("data"))))  # that of kernels is named by whoever compiles them
+    todo = "mend it or install it anew; attnreg goes on without it"
+    out += [("metadata", Finding(c.name, False, f"{c.place}: {c.reason}", todo)) for c in metadata.culprits()]
     if _gpus() == 0:
         built = torch.version.cuda or torch.version.hip
         why = f"torch is built for {built} but sees no device" if built else "this torch is a CPU build"
@@ -117,17 +112,12 @@ def _folder(said: folders.Report) -> Finding:
 
 
 def _print_findings(findings: list[tuple[str, Finding]]) -> None:
-    console.print()
+    put("")
     for plugin, found in findings:
         mark = ("ok   ", "green") if found.ok else ("bad  ", "red")
         todo = f" -> {found.todo}" if found.todo else ""
         subject = found.subject if found.subject.startswith(plugin) else f"{plugin}: {found.subject}"
-        _say(mark, f"{subject}: {found.detail}{todo}")
-
-
-def _say(*parts: str | tuple[str, str]) -> None:
-    """A line of texts, and of texts with a style; none is read as markup, for plugins write what they like."""
-    console.print(Text.assemble(*parts))
+        say(mark, f"{subject}: {found.detail}{todo}", hang=5)
 
 
 def _data(devices: list[Hardware], findings: list[tuple[str, Finding]]) -> dict[str, Any]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from attnreg import dispatch
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put, put_json, say
 from attnreg.cli.options import device_here, dtype_name, parse_shape
 from attnreg.cli.parse import make_spec
 from attnreg.errors import AttnregError
 from attnreg.explanation import Explanation, explain_problem
 from attnreg.problem import Problem
+from attnreg.sheet import Part, Sheet
 from attnreg.testing.inputs import call_tensors, real_problem
 
 ENTRIES = 2**40
@@ -71,11 +69,11 @@ def explain(
         explanation = explain_problem(real)
     picture = {"mask": said.show(sq, keys, **_drawn(problem))} if show_mask else {}
     if as_json:
-        typer.echo(json.dumps({**explanation.to_json(), **picture}, indent=2, default=str))
+        put_json({**explanation.to_json(), **picture}, indent=2)
         return
     _print(explanation)
     for drawn in picture.values():
-        typer.echo(drawn)
+        put(drawn)
 
 
 def _four(shape: str) -> tuple[int, int, int, int]:
@@ -102,26 +100,26 @@ def _first_line(error: Exception) -> str:
 def _print(e: Explanation) -> None:
     d = e.decision
     config = ", ".join(f"{name}={value}" for name, value in d.config.items()) or "no parameters"
-    lines: tuple[tuple[str, str | Text], ...] = (
-        ("problem", str(e.problem)),
-        ("hardware", d.hardware.slug),
-        ("chosen", Text.assemble((d.backend, "bold green"), f" ({config})")),
-        ("source", f"{d.source}: {d.why}"),
-        *(("", line) for line in e.evidence()),
+    lines: tuple[tuple[str, tuple[Part, ...]], ...] = (
+        ("problem", (str(e.problem),)),
+        ("hardware", (d.hardware.slug,)),
+        ("chosen", ((d.backend, "bold green"), f" ({config})")),
+        ("source", (f"{d.source}: {d.why}",)),
+        *(("", (line,)) for line in e.evidence()),
     )
-    for head, line in lines:
-        console.print(Text(f"{head:<9} ").append(line), soft_wrap=True)
-    rows = [(r, "\n".join(r.why[1:] if r.verdict == "chosen" else r.why)) for r in e.rows()]
+    for head, parts in lines:
+        say(f"{head:<9} ", *parts, hang=10)
+    rows = e.rows()
     color = {"chosen": "green", "able": "cyan", "refused": "red"}
-    columns = {
-        "backend": [Text(r.backend) for r, _ in rows],
-        "verdict": [Text(r.verdict, color[r.verdict]) for r, _ in rows],
-        "time": [Text(r.time) for r, _ in rows],
-        "error": [Text(r.error) for r, _ in rows],
-        "why": [Text(why) for _, why in rows],  # plugins' words are text, never markup
+    columns: dict[str, list[Part]] = {
+        "backend": [r.backend for r in rows],
+        "verdict": [(r.verdict, color[r.verdict]) for r in rows],
+        "time": [r.time for r in rows],
+        "error": [r.error for r in rows],
+        "why": ["\n".join(r.why[1:] if r.verdict == "chosen" else r.why) for r in rows],
     }
     told = {name: cells for name, cells in columns.items() if any(cells)}
-    table = Table(*told, box=None, pad_edge=False)
+    sheet = Sheet(*told)
     for row in zip(*told.values(), strict=True):
-        table.add_row(*row)
-    console.print(table)
+        sheet.add(*row)
+    sheet.print(console)

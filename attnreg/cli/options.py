@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import typer
 
-from attnreg import registry
+from attnreg import registry, terminal
 from attnreg.validate import FLOAT8, FLOATS
 
 __all__ = [
@@ -96,4 +96,4 @@ def output_file(path: Path | None) -> Path | None:
     if path.is_dir() or not path.parent.is_dir():
         why = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {str(path.parent)!r}"
         raise typer.BadParameter(f"{str(path)!r} {why}")
-    return path
+    return terminal.stdout_file(path)

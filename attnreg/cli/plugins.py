@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from attnreg import registry
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put_json, say
+from attnreg.sheet import Sheet
 
 
 @app.command()
@@ -34,17 +32,16 @@ def plugins(
             "failures": [asdict(f) for f in loaded.failures],
             "blocked": list(loaded.blocked),
         }
-        typer.echo(json.dumps(data, indent=2))
+        put_json(data, indent=2)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("plugin", "from", "backends"):
-        table.add_column(column)
+    sheet = Sheet("plugin", "from", "backends")
     for plugin in loaded.plugins:
         names = [f"{e.name} {e.version}" for e in loaded.entries.values() if e.plugin == plugin.name]
-        table.add_row(*map(Text, (plugin.name, plugin.origin, ", ".join(names) or "none")))
-    console.print(table)
+        sheet.add(plugin.name, plugin.origin, ", ".join(names) or "none")
+    sheet.print(console)
+    if loaded.blocked:
+        say(f"blocked by ATTNREG_BLOCK: {', '.join(loaded.blocked)}")
     for failure in loaded.failures:
-        # As Text: a reason may hold "[cuda]", which is no markup.
-        console.print(Text.assemble(("set aside", "red"), f" {failure.plugin} at {failure.step}: {failure.reason}"))
+        say(("set aside", "red"), f" {failure.plugin} ({failure.origin}) at {failure.step}: {failure.reason}")
         if trace and failure.trace:
-            console.print(failure.trace, highlight=False, markup=False)
+            say(failure.trace)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column
 
-from attnreg.cli import console
+from attnreg.cli import console, put_json, say
 from attnreg.errors import AttnregError
 from attnreg.hardware import usable_cores
 from attnreg.measure import Candidate
+from attnreg.sheet import Sheet
 from attnreg.suites import Case
 from attnreg.tuning.compilers import Compilers
 from attnreg.tuning.report import seconds_text
@@ -23,9 +22,11 @@ __all__ = ["bars", "tune_for"]
 
 
 def bars() -> Progress:
-    """Progress on stderr, so that stdout stays clean for results."""
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+    """Progress on stderr, so that stdout stays clean for results; none in a log, where no bar moves."""
+    notes = TextColumn("{task.fields[note]}", table_column=Column(overflow="fold"))
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), notes)
+    stderr = Console(stderr=True)
+    return Progress(*columns, console=stderr, disable=not stderr.is_terminal)
 
 
 def tune_for(
@@ -38,18 +39,7 @@ def tune_for(
     jobs: int | None,
 ) -> None:
     """Tune each case for the target from compiled code alone; exit status 1 where nothing fits any."""
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "problem",
-        "static choice",
-        "modelled",
-        "registers",
-        "matrix",
-        "compiled",
-        "refused",
-        "why the first",
-    ):
-        table.add_column(column)
+    sheet = Sheet("problem", "static choice", "modelled", "registers", "matrix", "compiled", "refused", "why the first")
     done = 0
     with bars() as progress, Compilers(usable_cores() if jobs is None else jobs) as compilers:
         overall = progress.add_task("problems", total=len(cases), note="")
@@ -67,23 +57,23 @@ def tune_for(
                 )
             except AttnregError as error:
                 if as_json:
-                    typer.echo(json.dumps({"name": case.name, "target": target, "error": str(error)}))
-                table.add_row(escape(case.name), "-", "", "", "", "", "", escape(str(error)[:160]))
+                    put_json({"name": case.name, "target": target, "error": str(error)})
+                sheet.add(case.name, "-", "", "", "", "", "", str(error))
             else:
                 done += bool(made.looked)
                 if as_json:
-                    typer.echo(json.dumps(_data(case.name, made)))
-                table.add_row(escape(case.name), *map(escape, _row(made)))
+                    put_json(_data(case.name, made))
+                sheet.add(case.name, *_row(made))
             progress.advance(overall)
     if not as_json:
-        (console if console.is_terminal else Console(file=console.file, width=240)).print(table)
-        console.print(f"static: compiled for {target}, not measured; a measured record always ranks above")
+        sheet.print(console)
+        say(f"static: compiled for {target}, not measured; a measured record always ranks above")
     if not done:
         raise typer.Exit(1)
 
 
 def _row(made: StaticResult) -> tuple[str, str, str, str, str, str, str]:
-    first = f"{made.refused[0][0]}: {made.refused[0][1]}"[:120] if made.refused else ""
+    first = f"{made.refused[0][0]}: {made.refused[0][1]}" if made.refused else ""
     compiled = f"{len(made.looked) + len(made.refused)} of {made.foreseen or len(made.looked) + len(made.refused)}"
     if not made.looked:
         return "none fits", "", "", "", compiled, str(len(made.refused)), first

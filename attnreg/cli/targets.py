@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put, put_json, say
 from attnreg.cli.static import bars
 from attnreg.hardware import usable_cores
+from attnreg.sheet import Sheet
 from attnreg.targets import TARGETS
 from attnreg.targets import target as known_target
 from attnreg.tuning.compilers import Compilers
@@ -53,14 +52,14 @@ def targets(
 
         def tell(done: int, total: int, row: Row) -> None:
             note = f"{row.target} {row.form.name}: {row.status}"
-            progress.update(task, completed=done, total=total, note=escape(note[:110]))
+            progress.update(task, completed=done, total=total, note=escape(note))
 
         rows = survey(names, compilers, forms=forms, seeds=seeds, on_row=tell)
     if as_json:
         for row in rows:
-            typer.echo(json.dumps(row.to_json()))
+            put_json(row.to_json())
     elif as_markdown:
-        typer.echo(_markdown(rows))
+        put(_markdown(rows))
     else:
         _print(rows)
     if any(row.report is not None and row.report.refused for row in rows):
@@ -91,14 +90,14 @@ def _markdown(rows: list[Row]) -> str:
 
 def _print(rows: list[Row]) -> None:
     for name in dict.fromkeys(row.target for row in rows):
-        table = Table(*COLUMNS, title=name, title_justify="left", box=None, pad_edge=False)
+        sheet = Sheet(*COLUMNS, title=name)
         for row in rows:
             if row.target == name:
-                table.add_row(*map(escape, _cells(row)))
-        console.print(table)
+                sheet.add(*_cells(row))
+        sheet.print(console)
     refused = sum(1 for row in rows if row.report is not None and row.report.refused)
     compiled = sum(1 for row in rows if row.report is not None)
-    console.print(f"{compiled} configurations compiled, {refused} refused; compiled only, not run: no time is measured")
+    say(f"{compiled} configurations compiled, {refused} refused; compiled only, not run: no time is measured")
 
 
 def _published(names: list[str], as_json: bool, as_markdown: bool) -> None:
@@ -106,7 +105,7 @@ def _published(names: list[str], as_json: bool, as_markdown: bool) -> None:
     found = [standing(choice) for choice in PUBLISHED if choice.target in names]
     if as_json:
         for one in found:
-            typer.echo(json.dumps(one.to_json()))
+            put_json(one.to_json())
         return
     heads = (
         "target",
@@ -120,12 +119,12 @@ def _published(names: list[str], as_json: bool, as_markdown: bool) -> None:
     )
     lines = [_standing_cells(one) for one in found]
     if as_markdown:
-        typer.echo("\n".join(f"| {' | '.join(line)} |" for line in [list(heads), ["---"] * len(heads), *lines]))
+        put("\n".join(f"| {' | '.join(line)} |" for line in [list(heads), ["---"] * len(heads), *lines]))
         return
-    table = Table(*heads, box=None, pad_edge=False)
+    sheet = Sheet(*heads)
     for line in lines:
-        table.add_row(*map(escape, line))
-    console.print(table)
+        sheet.add(*line)
+    sheet.print(console)
 
 
 def _standing_cells(one: Standing) -> list[str]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import Progress, TaskID
 
 from attnreg import registry, store
 from attnreg.backend import error_text
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put_json, say
 from attnreg.cli.options import backend_names, device_kind, dtype_name, finite, parse_lengths
+from attnreg.cli.static import bars as progress_bars
 from attnreg.cli.static import tune_for
 from attnreg.decide import reasons_of
 from attnreg.errors import TuneError
 from attnreg.match import Match
 from attnreg.problem import Problem
+from attnreg.sheet import Sheet
 from attnreg.suites import MODELS, SUITES, Case, model_shape, suite
 from attnreg.targets import target as known_target
 from attnreg.tuning import Options, TuneReport, known, read_problems, tune_all
@@ -108,11 +107,6 @@ def tune(
         _tune(cases, options, again, as_json)
 
 
-def wide(table: Table) -> None:
-    """Print a table; into a file or a pipe without folding its cells."""
-    (console if console.is_terminal else Console(file=console.file, width=240)).print(table)
-
-
 def _cases(
     file: Path | None,
     suites: list[str],
@@ -137,14 +131,7 @@ def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> No
     """Tune with progress on stderr, so that stdout stays clean for results."""
     names = {c.problem: c.name for c in cases}
     results: list[tuple[Case, Result]] = []
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-    )
+    bars = progress_bars()
     with bars:
         overall = bars.add_task("problems", total=len(cases), note="")
         live = _Live(bars, bars.add_task("", total=None, note="", visible=False), names)
@@ -153,7 +140,7 @@ def _tune(cases: list[Case], options: Options, again: bool, as_json: bool) -> No
             results.append((case, result))
             bars.advance(overall)
             if as_json:
-                typer.echo(json.dumps({"name": case.name, **_data(result)}))
+                put_json({"name": case.name, **_data(result)})
             elif not bars.console.is_terminal:  # a log shows no bars, but should show that the run moves
                 bars.console.print(escape(_line(case, result)), soft_wrap=True)
             elif isinstance(result, TuneReport) and result.resumed:
@@ -181,7 +168,7 @@ class _Live:
             description=escape(f"{self.names.get(problem, '')}: {stage.stage}"),
             completed=stage.done,
             total=stage.total,
-            note=escape(f"{self.best}  {stage.note}"[:160]),
+            note=escape(f"{self.best}  {stage.note}"),
             visible=stage.stage != "done",
         )
 
@@ -202,19 +189,17 @@ def _data(result: Result) -> dict[str, Any]:
 
 def _summary(results: list[tuple[Case, Result]], asked: tuple[str, ...]) -> None:
     """The table, then what was refused, what was asked for and cannot run, and what else should be known."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("problem", "winner", "time", "runner-up", "slower by", "refused", "remarks"):
-        table.add_column(column)
+    sheet = Sheet("problem", "winner", "time", "runner-up", "slower by", "refused", "remarks")
     for case, result in results:
-        table.add_row(escape(case.name), *map(escape, _row(result)))
-    wide(table)
+        sheet.add(case.name, *_row(result))
+    sheet.print(console)
     for case, result in results:
         if not isinstance(result, TuneReport):
             continue
         lines = [f"refused {r.candidate}: {r.kind}: {r.reason}" for r in result.refused]
         lines += [f"cannot {n}: {'; '.join(why)}" for n, why in result.unsupported.items() if n in asked]
         for line in (*lines, *result.notes):
-            console.print(escape(f"{case.name}: {line}"), style="yellow", soft_wrap=True)
+            say((f"{case.name}: {line}", "yellow"))
 
 
 def _row(result: Result) -> tuple[str, str, str, str, str, str]:
@@ -245,7 +230,7 @@ def _line(case: Case, result: Result) -> str:
 def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) -> None:
     """What would be searched, from where it would start, and what is known already."""
     entries = registry.current().entries
-    table = Table("problem", "backends (points)", "starts from", "known", box=None, pad_edge=False)
+    sheet = Sheet("problem", "backends (points)", "starts from", "known")
     for case in cases:
         hardware = hardware_of(case.problem)
         points: dict[str, int] = {}
@@ -256,15 +241,15 @@ def _dry_run(cases: list[Case], options: Options, again: bool, as_json: bool) ->
                 if not reasons_of(entry.backend, case.problem, hardware):
                     points[name] = sum(1 for _ in entry.backend.space(case.problem, hardware).points())
             except (Exception, SystemExit) as error:  # a plugin may raise anything; the tune itself will name it
-                console.print(escape(f"{name}: {error_text(error)}"), style="yellow")
+                typer.echo(f"{name}: {error_text(error)}", err=True)
         versions = registry.current().versions(case.problem, hardware)
         matches = store.current().find(case.problem, hardware, versions, cache=options.cache)
         seeds = [f"{m.rung} {m.backend}" + (f" ({m.distance:g} octaves)" if m.distance else "") for m in matches]
         match = None if again else known(case.problem, options.cache)
         if as_json:
             data = {"name": case.name, "problem": case.problem.to_json(), "points": points, "seeds": seeds}
-            typer.echo(json.dumps({**data, "known": match is not None}))
+            put_json({**data, "known": match is not None})
         spaces = ", ".join(f"{name} ({n})" for name, n in points.items()) or "none"
-        table.add_row(escape(case.name), spaces, ", ".join(seeds[:3]) or "defaults", match.backend if match else "")
+        sheet.add(case.name, spaces, ", ".join(seeds[:3]) or "defaults", match.backend if match else "")
     if not as_json:
-        wide(table)
+        sheet.print(console)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from attnreg.cli import app, console
+from attnreg.cli import app, console, put, put_json
 from attnreg.cli.options import device_here
 from attnreg.hardware import detect
+from attnreg.sheet import Sheet
 from attnreg.targets import target
 from attnreg.variants import VARIANTS, markdown, runners
 
@@ -19,14 +18,21 @@ from attnreg.variants import VARIANTS, markdown, runners
 def variants(
     device: Annotated[str, typer.Option(callback=device_here, help="cpu or cuda.")] = "cpu",
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Plain data for programs.")] = False,
 ) -> None:
     """List every variant, the spec that says it, and the backends that run it forward and with gradients."""
     hardware = detect(device)
     if as_markdown:
-        typer.echo(markdown(hardware, target("sm_90")))
+        put(markdown(hardware, target("sm_90")))
         return
-    table = Table("variant", "spec", "backends", "with gradients", box=None, pad_edge=False)
-    for variant in VARIANTS:
-        forward, backward = (", ".join(runners(variant, hardware, grad=grad)) for grad in (False, True))
-        table.add_row(variant.name, escape(variant.code), forward, backward)
-    console.print(table)
+    rows: list[dict[str, Any]] = [
+        {"name": v.name, "spec": v.code, "forward": runners(v, hardware), "backward": runners(v, hardware, grad=True)}
+        for v in VARIANTS
+    ]
+    if as_json:
+        put_json(rows, indent=2)
+        return
+    sheet = Sheet("variant", "spec", "backends", "with gradients")
+    for row in rows:
+        sheet.add(row["name"], row["spec"], ", ".join(row["forward"]), ", ".join(row["backward"]))
+    sheet.print(console)

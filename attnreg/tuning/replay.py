@@ -11,9 +11,9 @@ from typing import Literal
 
 import optuna
 from rich.console import Console
-from rich.table import Table
 
 from attnreg.measure import About, Candidate, Opened, Round, Verdict
+from attnreg.sheet import Sheet, paragraph
 from attnreg.tuning.evaluate import Evaluator
 from attnreg.tuning.finals import field_of, more_of
 from attnreg.tuning.race import race
@@ -157,9 +157,8 @@ def _gap(recording: Recording, bench: ReplayBench, found: list[tuple[float, Cand
 
 def show(console: Console, seeds: int = 20) -> list[Row]:
     """Print the comparison as a table, the search beside random search; returns its rows."""
-    table = Table(title=f"tuner on recorded spaces, {seeds} seeds", box=None, pad_edge=False)
-    for head in ("space", "points", "looked", "share", "pick over best", "90%", "random", "90%", ""):
-        table.add_column(head, no_wrap=head not in ("space", "pick over best"))
+    heads = ("space", "points", "looked", "share", "pick over best", "90%", "random", "90%", "verdict")
+    sheet = Sheet(*heads, title=f"tuner on recorded spaces, {seeds} seeds")
     rows: list[Row] = []
     slugs: set[str] = set()
     for recording in recordings():
@@ -169,8 +168,8 @@ def show(console: Console, seeds: int = 20) -> list[Row]:
         slugs.add(str(recording.about["hardware"]))
         verdict = "ok" if row.ok else "MISSED"
         counts = (str(row.points), f"{row.evaluations:g}", f"{row.share:.0%}")
-        table.add_row(row.name, *counts, *(f"+{gap:.2%}" for gap in gaps), verdict)
-    console.print(table)
-    console.print(f"recorded on {', '.join(sorted(slugs))}; `random`: random search of as many points")
-    console.print("goal: within 1% of the best of the whole space at the median, with at most 25% of its points")
+        sheet.add(row.name, *counts, *(f"+{gap:.2%}" for gap in gaps), verdict)
+    sheet.print(console)
+    paragraph(console, f"recorded on {', '.join(sorted(slugs))}; `random`: random search of as many points")
+    paragraph(console, "goal: within 1% of the best of the whole space at the median, with at most 25% of its points")
     return rows

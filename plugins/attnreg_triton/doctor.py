@@ -16,7 +16,7 @@ def findings(hardware: Hardware) -> list[Finding]:
     """The installed Triton, and the reasons why kernels cannot run on this hardware, if any."""
     if importlib.util.find_spec("triton") is None:
         return [Finding("triton: package", False, "not installed", "pip install attnreg[triton]")]
-    package = Finding("triton: package", True, f"triton {importlib.metadata.version('triton')}")
+    package = Finding("triton: package", True, f"triton {_version()}")
     device = "cpu" if hardware.kind == "cpu" else "cuda"
     reasons = machine_reasons(Problem(AttentionSpec(), 1, 1, 1, 1, 1, 64, 64, 64, device=device), hardware)
     if hardware.kind == "cpu" and not interpreted():
@@ -24,3 +24,10 @@ def findings(hardware: Hardware) -> list[Finding]:
         return [package, Finding("triton: device", True, f"kernels stay unused on the CPU; {there}")]
     todo = "other backends serve this device" if reasons else ""
     return [package, Finding("triton: device", not reasons, "; ".join(reasons) or hardware.arch, todo)]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except Exception:  # metadata of another build, or half deleted: the package itself is there
+        return "of an unknown version"

@@ -59,7 +59,7 @@ def test_a_call_finds_what_was_built(tmp_path: Path) -> None:
     assert "head_k=24" in done.stdout
     libraries = sorted(tmp_path.rglob("*.so"))
     assert libraries
-    compiled = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("compiled ")]
+    compiled = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("compiled ")]
     assert sorted(compiled) == [path.name for path in libraries]
     bare = {**environ, "PATH": str(tmp_path / "none"), "CXX": ""}
     subprocess.run([sys.executable, "-c", CALL], env=bare, check=True)

@@ -24,8 +24,9 @@ JAX = 1e-5
 
 @pytest.fixture(autouse=True)
 def float64() -> Any:
-    with jax.enable_x64(True):
-        yield
+    jax.config.update("jax_enable_x64", True)  # any jax has this one
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 def turn(x: Tensor) -> Any:

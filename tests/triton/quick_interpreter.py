@@ -42,7 +42,7 @@ def searching_once(search: Callable[..., Any]) -> Callable[..., Any]:
             languages[fn.__module__] = modules & {tl, tl.core}
         mine = languages[fn.__module__]
         if mine and mine <= SEARCHED:
-            return interpreter._LangPatchScope()
+            return getattr(interpreter, "_LangPatchScope", lambda: None)()  # Triton 3.5 has none, and asks for none
         SEARCHED.update(mine)
         return search(fn)
 
