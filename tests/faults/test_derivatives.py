@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from derivative_cases import CASES, Case, attend, reference
-from derivative_ways import FIRST, FORWARD, WAYS, Way, create_graph
+from derivative_higher import create_graph
+from derivative_ways import FIRST, FORWARD, WAYS, Way
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
