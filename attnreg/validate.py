@@ -238,7 +238,8 @@ def _longest(side: str, cu: Tensor, given: object, total: int) -> int:
 
 def readable(x: Tensor) -> bool:
     """May the values be read without a device synchronisation and without breaking a trace?"""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    plain = x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def _check_heads(spec: AttentionSpec, sizes: Sizes) -> None:
