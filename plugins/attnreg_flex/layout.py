@@ -73,6 +73,7 @@ def _power(n: int) -> int:
 def _read(spec: AttentionSpec, name: str, x: Tensor) -> Tensor:
     """A call tensor as modifiers read it."""
     if name in ("attn_mask", "bias"):
+        x = x.reshape(1) if x.dim() == 0 else x  # one value for all, which a modifier cannot index
         return fixed(x, *(dim for dim in range(x.dim()) if dim - x.dim() != -3))
     if name == "block_mask":
         return fixed(x, 0, 2, 3)
