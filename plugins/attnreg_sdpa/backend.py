@@ -42,8 +42,8 @@ class Sdpa:
         if lse and _added(problem):
             names = " and ".join("the bias" if name == "bias" else name for name in sorted(_added(problem)))
             out.append(f"{' and '.join(lse)} with a gradient of {names}: the kernel that returns the lse has none")
-        if spec.sinks and spec.bias:
-            out.append("sinks with a bias: they join by the lse, which holds no sum where the bias is at its lowest")
+        if spec.sinks and spec.bias and "sinks" in problem.grads:
+            out.append("gradient of sinks with a bias: there they are a key of the mask, whose gradient no kernel has")
         if spec.layout == "thd" and not on_cpu:
             out.append("layout 'thd': splitting the packed sequences would read cu_seqlens back from the device")
         if problem.traced and spec.layout == "thd":

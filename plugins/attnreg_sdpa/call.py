@@ -14,7 +14,7 @@ from attnreg import Problem, scores, sparsity
 from attnreg_sdpa import exact
 from attnreg_sdpa.guard import Guarded
 from attnreg_sdpa.pairs import Pairs, Place, causal_form
-from attnreg_sdpa.tensors import dequantised, heads_first, paged, weighted
+from attnreg_sdpa.tensors import dequantised, heads_first, paged, weighted, with_sink_key
 
 __all__ = ["Call", "prepared"]
 
@@ -164,11 +164,15 @@ class Call:
         mask = None
         if form == "mask" or spec.bias or spec.alibi or named.get("seqused_k") is not None:
             form, mask = "mask", self.pairs.mask(at, self.mask_dtype)
+        as_key = spec.sinks and mask is not None and spec.bias
+        if as_key and mask is not None:
+            # By the lse they could not join a row whose bias is at its lowest: in float32 it holds no sum there.
+            k, v, mask = with_sink_key(k, v, mask, named["sinks"])
         run = self.guarded if named.get("generator") is None else self.guarded.seeded(named["generator"])
         out, lse = run(q, k, v, mask, form == "causal")
         if lse is None:
             return out.to(self.out_dtype), None
-        if spec.sinks:
+        if spec.sinks and not as_key:
             sinks = named["sinks"].to(lse.dtype).view(1, -1, 1)
             out = out.to(lse.dtype) * torch.sigmoid(lse - sinks).unsqueeze(-1)
             lse = torch.logaddexp(lse, sinks.expand_as(lse))

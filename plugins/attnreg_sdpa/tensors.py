@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnreg import AttentionSpec, block_of, scores
 
-__all__ = ["dequantised", "heads_first", "paged", "weighted"]
+__all__ = ["dequantised", "heads_first", "paged", "weighted", "with_sink_key"]
 
 
 def heads_first(spec: AttentionSpec, x: Tensor) -> Tensor:
@@ -60,3 +60,13 @@ def weighted(spec: AttentionSpec, q: Tensor, tensors: Mapping[str, Any]) -> Tens
     wide = torch.promote_types(q.dtype, weight.dtype)
     out: Tensor = q.to(wide) @ weight.to(wide)
     return out.to(q.dtype)
+
+
+def with_sink_key(k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and the additive mask with one more key: of zeros, so that its score is the sink and its value nothing.
+
+    k, v [B, Hkv, Skv, ..], mask [B or 1, Hq or 1, Sq, Skv], sinks [Hq]; the mask comes back with all heads.
+    """
+    more_k, more_v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (k, v))
+    column = sinks.to(mask.dtype).view(1, -1, 1, 1).expand(mask.shape[0], -1, mask.shape[2], 1)
+    return more_k, more_v, torch.cat([mask.expand(-1, column.shape[1], -1, -1), column], -1)

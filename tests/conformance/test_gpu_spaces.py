@@ -44,7 +44,8 @@ def test_masked_training_keeps_to_kernels_that_were_right() -> None:
         if masked and problem.needs_grad and problem.dtype != "float32" and not backend.supports(problem, HOPPER):
             kernels = backend.space(problem, HOPPER).choices["kernel"]
             half = problem.dtype in ("float16", "bfloat16")
-            assert ("auto" in kernels) != half, problem
+            # A bias may lie at the lowest numbers, where the other kernels' lse holds no sum.
+            assert tuple(kernels) == ("math",) if spec.bias else ("auto" in kernels) != half, problem
             seen += half
     assert seen
 

@@ -186,7 +186,9 @@ def first_failure(backend: Planted, chosen: list[Case]) -> str:
 FEW = [
     c
     for c in cases()
-    if c.name.startswith(("causal/normal", "causal/low", "padding/huge", "padding/empty", "deterministic/normal"))
+    if c.name.startswith(
+        ("causal/normal", "causal/low", "padding/huge", "padding/empty", "padding/unused", "deterministic/normal")
+    )
     or c.name in ("causal/length_192_192x192/float16", "causal/large_127x127/float32")
 ]
 

@@ -1,4 +1,4 @@
-"""Law: a bias or dense mask of any shape that broadcasts, one value for all included, means the same on every backend."""
+"""Law: a bias or dense mask of any shape that broadcasts, one value for all included, means the same everywhere."""
 
 from __future__ import annotations
 

@@ -249,6 +249,6 @@ def test_a_finished_study_is_not_added_to(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_opened_says_so_without_the_password() -> None:
-    with pytest.raises(TuneError, match="storage postgresql://host/db cannot be opened") as error:
+    with pytest.raises(TuneError, match=r"storage postgresql://me:\*\*\*@host/db cannot be opened") as error:
         open_storage("postgresql://me:secret@host/db")
     assert "secret" not in str(error.value)
