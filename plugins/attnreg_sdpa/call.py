@@ -33,8 +33,7 @@ def prepared(problem: Problem, config: Mapping[str, Any]) -> Callable[..., Any]:
     causal = form == "causal"
     # Under a trace equal sizes may stand for symbols that differ later.
     assumed = causal and spec.align != "top_left" and not problem.square
-    few = general.guarded.hosted and problem.skv <= exact.FEW  # see exact.loses_nan
-    if says_more or few or form == "mask" or assumed or (causal and problem.head_dim != problem.head_dim_v):
+    if says_more or form == "mask" or assumed or (causal and problem.head_dim != problem.head_dim_v):
         return general
     grouping = config.get("grouping", "")
     if grouping == "expand" or (grouping == "pack" and causal):
@@ -43,7 +42,9 @@ def prepared(problem: Problem, config: Mapping[str, Any]) -> Callable[..., Any]:
     if causal and problem.needs_grad and general.guarded.hosted:
         run = _watched(run, general)
     run = _heads_last(run) if spec.layout == "bshd" else run
-    return _unread(run) if spec.tensors() else run
+    run = _unread(run) if spec.tensors() else run
+    few = general.guarded.hosted and problem.skv <= exact.FEW
+    return _keeping_nan(run, general, 1 if spec.layout == "bshd" else 2) if few else run
 
 
 def _plain(problem: Problem, causal: bool) -> Callable[..., Any]:
@@ -76,6 +77,17 @@ def _watched(run: Callable[..., Any], general: Call) -> Callable[..., Any]:
         return general.guarded(q, k, v, None, True)[0].to(q.dtype) if exact.too_large(k, v) else run(q, k, v)
 
     return watched
+
+
+def _keeping_nan(run: Callable[..., Any], general: Call, axis: int) -> Callable[..., Any]:
+    """`run`, unless there are few keys, along `axis`, and a NaN that it would drop; see exact.loses_nan."""
+
+    def kept(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
+        if k.shape[axis] < exact.FEW and (exact.has_nan(q) or exact.has_nan(k)):
+            return general(q, k, v, **tensors)
+        return run(q, k, v, **tensors)
+
+    return kept
 
 
 def _unread(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -98,7 +98,13 @@ def test_the_plain_call_is_torchs_function_and_no_more() -> None:
     """No object stands between the caller and SDPA where the spec needs nothing else."""
     q = torch.randn(1, 2, 20, 8)
     few = q[:, :, :5]  # of few keys torch's kernel loses a NaN, so that something has to look for one
-    assert type(SDPA.prepare(problem_of(AttentionSpec(), few, few, few), {"kernel": "auto"})).__name__ == "Call"
+    lost = few.clone()
+    lost[0, 0, 0, 0] = torch.nan
+    assert (
+        SDPA.prepare(problem_of(AttentionSpec(), few, few, few), {"kernel": "auto"})(lost, few, few)[0, 0, 0]
+        .isnan()
+        .all()
+    )
     for spec in (AttentionSpec(), AttentionSpec(mask=masks.Causal()), AttentionSpec(score=scores.Dot())):
         call = SDPA.prepare(problem_of(spec, q, q, q), {"kernel": "auto"})
         assert type(call).__name__ == "function"
