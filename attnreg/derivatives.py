@@ -18,7 +18,6 @@ from torch import Tensor
 from attnreg.errors import BackendError
 from attnreg.operands import base
 from attnreg.problem import GRADS, Problem
-from attnreg.spec import AttentionSpec
 from attnreg.tracing import is_traced
 
 __all__ = [
@@ -124,8 +123,7 @@ def gradients_again(
         )
     if _able is None:
         _no_second(name or "attnreg")
-    fields = {n: getattr(problem.spec, n) for n in type(problem.spec).model_fields}
-    spec = AttentionSpec(**{**fields, "return_lse": True})
+    spec = problem.spec.changed(return_lse=True)
     tangents = problem.tangents | (frozenset(wanted) if has_tangent(*inputs.values(), *upstream) else frozenset())
     traced = is_traced(*inputs.values(), *upstream)
     run = _able(replace(problem, spec=spec, order=max(problem.order, 2), tangents=tangents, traced=traced))

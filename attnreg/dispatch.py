@@ -180,8 +180,7 @@ def _in_force(spec: AttentionSpec) -> AttentionSpec:
 
 @functools.lru_cache(maxsize=1024)
 def _deterministic(spec: AttentionSpec) -> AttentionSpec:
-    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-    return AttentionSpec(**{**fields, "deterministic": True})
+    return spec.changed(deterministic=True)
 
 
 def _settled(q: Any, k: Any, v: Any, tensors: Mapping[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:

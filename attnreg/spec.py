@@ -221,6 +221,11 @@ class AttentionSpec(_Frozen):
         """
         return tracer.create_node("call_function", spec_of_text, (self.model_dump_json(exclude_defaults=True),), {})
 
+    def changed(self, **fields: Any) -> AttentionSpec:
+        """The same spec with other values of some fields, checked and hashed anew."""
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return AttentionSpec(**{**own, **fields})
+
     def digest(self) -> str:
         """A hash of the meaning that is the same in every process and release: 16 hex digits."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))

@@ -83,7 +83,7 @@ def _keeping_nan(run: Callable[..., Any], general: Call, axis: int) -> Callable[
     """`run`, unless there are few keys, along `axis`, and a NaN that it would drop; see exact.loses_nan."""
 
     def kept(q: Tensor, k: Tensor, v: Tensor, **tensors: Any) -> Any:
-        if k.shape[axis] < exact.FEW and (exact.has_nan(q) or exact.has_nan(k)):
+        if exact.loses_nan(q, k, axis):
             return general(q, k, v, **tensors)
         return run(q, k, v, **tensors)
 

@@ -41,13 +41,13 @@ def far_rows(mask: Tensor) -> Tensor:
     return far.flatten(0, 1).any(0).nonzero().squeeze(1)
 
 
-def loses_nan(q: Tensor, k: Tensor) -> bool:
-    """Is there a NaN that torch's flash kernel for the CPU drops?
+def loses_nan(q: Tensor, k: Tensor, axis: int = 2) -> bool:
+    """Is there a NaN that torch's flash kernel for the CPU drops? axis: the keys' in k.
 
     It compares scores one by one where there are fewer than a vector holds, and a NaN loses each comparison: a row of
     nothing but NaN counts as a row that attends nothing. Seen in torch 2.13 for up to 15 keys.
     """
-    return 0 < k.shape[2] < FEW and (has_nan(q) or has_nan(k))
+    return 0 < k.shape[axis] < FEW and (has_nan(q) or has_nan(k))
 
 
 def seen_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
